@@ -1,0 +1,13 @@
+"""The truth about OPT, without any framework: config, weight schema, float64 reference, tokenizer, rules of generation."""
+
+from opt_core.config import OPTConfig
+
+__all__ = ["OPTConfig", "OPTTokenizer"]
+
+
+def __getattr__(name: str):
+    if name == "OPTTokenizer":  # imports `tokenizers`, which a user of the config alone need not wait for
+        from opt_core.tokenizer import OPTTokenizer
+
+        return OPTTokenizer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

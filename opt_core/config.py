@@ -1,0 +1,364 @@
+"""The configuration of an OPT model: published field names and defaults, presets by name, strict validation.
+
+Field names, their order and their defaults are those of the published `OPTConfig`; the sizes of the presets are those of
+Zhang et al., "OPT: Open Pre-trained Transformer Language Models" (arXiv:2205.01068), table 1, and of Taylor et al.,
+"Galactica" (arXiv:2211.09085), table 5. This module imports no framework.
+"""
+
+import copy
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from opt_core.errors import ConfigError, raise_if
+
+logger = logging.getLogger(__name__)
+
+CONFIG_NAME = "config.json"
+POSITION_OFFSET = 2  # rows of the position table before that of position 0; row 1 was metaseq's padding row
+LAYER_NORM_EPS = 1e-5
+ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu")  # gelu is the erf form, gelu_new the tanh form
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+DTYPES = ("float32", "float16", "bfloat16")
+MAX_JSON_BYTES = 10 * 1024 * 1024
+
+# Bounds far above any published size: a damaged config must not lead to a giant allocation.
+_SIZE_BOUNDS = {
+    "vocab_size": 10_000_000,
+    "hidden_size": 1_000_000,
+    "num_hidden_layers": 10_000,
+    "ffn_dim": 10_000_000,
+    "max_position_embeddings": 10_000_000,
+    "word_embed_proj_dim": 1_000_000,
+    "num_attention_heads": 100_000,
+}
+
+# Published spelling -> field; the alias is read, the field is written.
+ALIASES = {"bias": "enable_bias", "dtype": "torch_dtype", "swish": "silu"}
+
+# Fields of foreign files that would change the arithmetic: only the value that OPT has is accepted.
+_FIXED_BY_THE_ARCHITECTURE = {
+    "scale_embeddings": False,
+    "learned_embeddings": True,
+    "alibi": False,
+    "rotary": False,
+    "use_stable_embedding": False,
+    "activation_dropout": 0.0,
+}
+
+# Fields that every published config carries and that say nothing about the computation.
+_KNOWN_AND_INERT = frozenset(
+    {"prefix", "output_projection", "_name_or_path", "transformers_version", "return_dict"}
+    | set(_FIXED_BY_THE_ARCHITECTURE)
+)
+
+
+@dataclass
+class OPTConfig:
+    """Sizes and switches of one OPT model.
+
+    `word_embed_proj_dim=None` means `hidden_size`. `activation_function` is one of `ACTIVATIONS` or a callable on the
+    arrays of the framework in use. `torch_dtype` names the dtype that the weights are stored in ("float16" in the published
+    files). `extra` keeps the unknown fields of a file through a round trip; nothing reads them.
+
+    Raises:
+        ConfigError: lists every field that is out of range or inconsistent.
+        TypeError: an unknown keyword.
+    """
+
+    vocab_size: int = 50272
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    ffn_dim: int = 3072
+    max_position_embeddings: int = 2048
+    do_layer_norm_before: bool = True
+    _remove_final_layer_norm: bool = False
+    word_embed_proj_dim: int | None = None
+    dropout: float = 0.1
+    attention_dropout: float = 0.0
+    num_attention_heads: int = 12
+    activation_function: str | Callable = "relu"
+    layerdrop: float = 0.0
+    init_std: float = 0.02
+    use_cache: bool = True
+    pad_token_id: int | None = 1
+    bos_token_id: int | None = 2
+    eos_token_id: int | list[int] | None = 2
+    enable_bias: bool = True
+    layer_norm_elementwise_affine: bool = True
+    tie_word_embeddings: bool = True
+    torch_dtype: str | None = None
+    num_labels: int | None = None
+    id2label: dict[int, str] | None = None
+    label2id: dict[str, int] | None = None
+    problem_type: str | None = None
+    output_attentions: bool = False
+    output_hidden_states: bool = False
+    architectures: list[str] | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.word_embed_proj_dim is None:
+            self.word_embed_proj_dim = self.hidden_size
+        if isinstance(self.activation_function, str):
+            self.activation_function = ALIASES.get(self.activation_function, self.activation_function)
+        if self.torch_dtype is not None:
+            self.torch_dtype = str(self.torch_dtype).rpartition(".")[2]  # "torch.float16" in old files
+        self._complete_labels()
+        self.check()
+
+    def _complete_labels(self) -> None:
+        if self.id2label is None:
+            count = 2 if self.num_labels is None else self.num_labels
+            if isinstance(count, int) and 0 < count <= 1_000_000:
+                self.id2label = {i: f"LABEL_{i}" for i in range(count)}
+        if isinstance(self.id2label, dict):
+            self.id2label = {_int_if_digits(key): label for key, label in self.id2label.items()}
+            if self.num_labels is None:
+                self.num_labels = len(self.id2label)
+            if self.label2id is None:
+                self.label2id = {label: i for i, label in self.id2label.items()}
+
+    # -- derived sizes ------------------------------------------------------------------------------------------------
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def has_projections(self) -> bool:
+        """True where word embeddings are narrower than the model (350m): `project_in` and `project_out` exist."""
+        return self.word_embed_proj_dim != self.hidden_size
+
+    @property
+    def has_final_layer_norm(self) -> bool:
+        return self.do_layer_norm_before and not self._remove_final_layer_norm
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        if self.eos_token_id is None:
+            return ()
+        return tuple(self.eos_token_id) if isinstance(self.eos_token_id, list) else (self.eos_token_id,)
+
+    # -- validation ---------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raises one ConfigError that lists everything wrong with the fields."""
+        raise_if(ConfigError, "OPTConfig", self._problems())
+
+    def _problems(self) -> list[str]:
+        problems = [*self._size_problems(), *self._switch_problems(), *self._token_problems(), *self._label_problems()]
+        if not problems and self.hidden_size % self.num_attention_heads:
+            problems.append(
+                f"hidden_size: expected a multiple of num_attention_heads ({self.num_attention_heads}), "
+                f"got {self.hidden_size}"
+            )
+        return problems
+
+    def _size_problems(self) -> list[str]:
+        problems = []
+        for name, bound in _SIZE_BOUNDS.items():
+            value, lowest = getattr(self, name), 0 if name == "num_hidden_layers" else 1
+            if not _is_int(value) or not lowest <= value <= bound:
+                problems.append(f"{name}: expected an integer from {lowest} to {bound}, got {value!r}")
+        return problems
+
+    def _switch_problems(self) -> list[str]:
+        problems = []
+        for f in dataclasses.fields(self):
+            if f.type is bool and not isinstance(getattr(self, f.name), bool):
+                problems.append(f"{f.name}: expected true or false, got {getattr(self, f.name)!r}")
+        for name in ("dropout", "attention_dropout", "layerdrop"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 <= value <= 1:
+                problems.append(f"{name}: expected a probability from 0 to 1, got {value!r}")
+        if not _is_number(self.init_std) or not 0 <= self.init_std < float("inf"):
+            problems.append(f"init_std: expected a finite number of at least 0, got {self.init_std!r}")
+        if not callable(self.activation_function) and self.activation_function not in ACTIVATIONS:
+            problems.append(
+                f"activation_function: expected one of {', '.join(ACTIVATIONS)} or a callable, "
+                f"got {self.activation_function!r}"
+            )
+        if self.torch_dtype is not None and self.torch_dtype not in DTYPES:
+            problems.append(f"torch_dtype: expected one of {', '.join(DTYPES)}, got {self.torch_dtype!r}")
+        return problems
+
+    def _token_problems(self) -> list[str]:
+        problems, vocab_size = [], self.vocab_size if _is_int(self.vocab_size) else 0
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            for token_id in value if isinstance(value, list) else [value]:
+                if token_id is not None and not _is_int(token_id):
+                    problems.append(f"{name}: expected an integer or null, got {token_id!r}")
+        if _is_int(self.pad_token_id) and not 0 <= self.pad_token_id < vocab_size:
+            problems.append(f"pad_token_id: expected an id from 0 to {vocab_size - 1}, got {self.pad_token_id}")
+        return problems
+
+    def _label_problems(self) -> list[str]:
+        problems = []
+        if not _is_int(self.num_labels) or not 0 < self.num_labels <= 1_000_000:
+            problems.append(f"num_labels: expected a positive integer, got {self.num_labels!r}")
+        elif not isinstance(self.id2label, dict) or sorted(self.id2label, key=str) != sorted(
+            range(self.num_labels), key=str
+        ):
+            problems.append(f"id2label: expected names for the labels 0 to {self.num_labels - 1}, got {self.id2label!r}")
+        if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
+            problems.append(f"problem_type: expected one of {', '.join(PROBLEM_TYPES)}, got {self.problem_type!r}")
+        return problems
+
+    # -- presets and JSON ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def preset(cls, name: str, **overrides) -> "OPTConfig":
+        """The configuration of a published size: "opt-125m", "facebook/opt-350m", "galactica-6.7b", or just "125m"."""
+        key = name.rpartition("/")[2].lower()
+        key = key if key in PRESETS else f"opt-{key}"
+        if key not in PRESETS:
+            raise ConfigError("OPTConfig.preset", [f"name: expected one of {', '.join(PRESETS)}, got {name!r}"])
+        return cls(**{**copy.deepcopy(PRESETS[key]), **overrides})
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any], *, source: str = CONFIG_NAME) -> "OPTConfig":
+        """Builds a config from published fields; unknown ones are kept in `extra` and reported, never obeyed.
+
+        Raises:
+            ConfigError: lists every wrong field, naming `source`.
+        """
+        fields, problems = dict(fields), []
+        if fields.get("model_type", "opt") != "opt":
+            problems.append(f"model_type: expected 'opt', got {fields['model_type']!r}")
+        fields.pop("model_type", None)
+        for alias in ("bias", "dtype"):
+            if alias in fields:
+                value = fields.pop(alias)
+                if fields.setdefault(ALIASES[alias], value) != value:
+                    problems.append(f"{alias}: {value!r} contradicts {ALIASES[alias]}: {fields[ALIASES[alias]]!r}")
+        for name, only in _FIXED_BY_THE_ARCHITECTURE.items():
+            if name in fields and fields[name] != only:
+                problems.append(f"{name}: OPT has {only!r}, got {fields[name]!r}, which this code does not compute")
+        known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
+        extra = {name: fields.pop(name) for name in list(fields) if name not in known}
+        unknown = sorted(extra.keys() - _KNOWN_AND_INERT)
+        if unknown:
+            logger.warning("%s: fields that OPT does not have are kept and not obeyed: %s", source, ", ".join(unknown))
+        try:
+            config = cls(**fields, extra=extra)
+        except ConfigError as error:
+            raise ConfigError(source, [*problems, *error.problems]) from None
+        raise_if(ConfigError, source, problems)
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The published fields and the kept unknown ones, ready for JSON.
+
+        Raises:
+            ConfigError: the activation is a callable, which JSON cannot hold.
+        """
+        if not isinstance(self.activation_function, str):
+            raise ConfigError("OPTConfig.to_dict", ["activation_function: a callable cannot be written as JSON"])
+        fields = {f.name: copy.deepcopy(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "extra"}
+        optional = ("torch_dtype", "problem_type", "architectures")
+        fields = {name: value for name, value in fields.items() if value is not None or name not in optional}
+        if self.id2label == {0: "LABEL_0", 1: "LABEL_1"}:  # the default of the published config, which leaves it out
+            del fields["id2label"], fields["label2id"]
+        del fields["num_labels"]  # follows from id2label, as in the published files
+        return {**self.extra, **fields, "model_type": "opt"}
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "OPTConfig":
+        """Reads `config.json`, or the folder that holds it."""
+        path = Path(path)
+        path = path / CONFIG_NAME if path.is_dir() else path
+        return cls.from_dict(read_json_object(path), source=str(path))
+
+    def to_json(self, path: str | Path) -> None:
+        """Writes `config.json` with sorted keys, to `path` itself or into the folder `path`."""
+        path = Path(path)
+        path = path / CONFIG_NAME if path.is_dir() else path
+        path.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def replace(self, **changes) -> "OPTConfig":
+        """A copy with `changes`; a new number of labels renames the labels, a new width keeps no old projection."""
+        fields = {f.name: copy.deepcopy(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        for alias in ("bias", "dtype"):
+            if alias in changes:
+                changes[ALIASES[alias]] = changes.pop(alias)
+        if changes.keys() & {"num_labels", "id2label"}:
+            fields.update(num_labels=None, id2label=None, label2id=None)
+        if "hidden_size" in changes and not self.has_projections:
+            fields["word_embed_proj_dim"] = None
+        return OPTConfig(**{**fields, **changes})
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Reads one JSON object; refuses duplicate keys, NaN and files over 10 MB.
+
+    Raises:
+        ConfigError: names the file and what is wrong with it.
+        FileNotFoundError: there is no such file.
+    """
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ConfigError(str(path), [f"expected at most {MAX_JSON_BYTES} bytes of JSON, got {path.stat().st_size}"])
+    try:
+        value = json.loads(
+            path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
+        )
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(str(path), [f"not valid JSON: {error}"]) from None
+    if not isinstance(value, dict):
+        raise ConfigError(str(path), [f"expected a JSON object, got {type(value).__name__}"])
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        seen: set[str] = set()
+        raise ValueError(f"duplicate key {next(k for k, _ in pairs if k in seen or seen.add(k))!r}")
+    return fields
+
+
+def _refuse_constant(name: str):
+    raise ValueError(f"the constant {name} is not JSON")
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _int_if_digits(key):
+    return int(key) if isinstance(key, str) and key.isdigit() else key
+
+
+def _size(width: int, layers: int, heads: int, **more) -> dict[str, Any]:
+    return dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, ffn_dim=4 * width, **more)
+
+
+def _galactica(width: int, layers: int, heads: int) -> dict[str, Any]:
+    return _size(width, layers, heads, vocab_size=50000, activation_function="gelu", bos_token_id=0)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "opt-125m": _size(768, 12, 12),
+    "opt-350m": _size(1024, 24, 16, word_embed_proj_dim=512, do_layer_norm_before=False),
+    "opt-1.3b": _size(2048, 24, 32),
+    "opt-2.7b": _size(2560, 32, 32),
+    "opt-6.7b": _size(4096, 32, 32),
+    "opt-13b": _size(5120, 40, 40),
+    "opt-30b": _size(7168, 48, 56),
+    "opt-66b": _size(9216, 64, 72),
+    "opt-175b": _size(12288, 96, 96),
+    "galactica-125m": _galactica(768, 12, 12),
+    "galactica-1.3b": _galactica(2048, 24, 32),
+    "galactica-6.7b": _galactica(4096, 32, 32),
+    "galactica-30b": _galactica(7168, 48, 56),
+    "galactica-120b": _galactica(10240, 96, 80),
+}
