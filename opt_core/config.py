@@ -144,6 +144,15 @@ class OPTConfig:
             return ()
         return tuple(self.eos_token_id) if isinstance(self.eos_token_id, list) else (self.eos_token_id,)
 
+    def problem_type_of(self, labels_dtype: str) -> str:
+        """`problem_type`, or what the published classes infer from the number of labels and the dtype of `labels`."""
+        if self.problem_type is not None:
+            return self.problem_type
+        if self.num_labels == 1:
+            return "regression"
+        is_integer = labels_dtype.startswith(("int", "uint"))
+        return "single_label_classification" if is_integer else "multi_label_classification"
+
     # -- validation ---------------------------------------------------------------------------------------------------
 
     def check(self) -> None:

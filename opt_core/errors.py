@@ -35,6 +35,14 @@ class InputError(ProblemsError):
     """Arguments of a call that the model cannot take."""
 
 
+class KeywordError(InputError, TypeError):
+    """Keyword arguments that a function does not have."""
+
+
+class MissingFrameworkError(ImportError):
+    """A backend was asked for whose framework is not installed."""
+
+
 def raise_if(error: type[ProblemsError], title: str, problems: Iterable[str]) -> None:
     """Raises `error` with all `problems`, or returns when there are none."""
     problems = tuple(problems)

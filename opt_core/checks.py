@@ -1,0 +1,224 @@
+"""Checks of what a user passes to a model, written once so that the three backends say the same words.
+
+Backends pass shapes always, and values (NumPy arrays) where they are known: eagerly they are, under jit, XLA or
+`torch.compile` they are not. `model.check_inputs(...)` runs the same checks outside the compiled function.
+"""
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from opt_core.config import OPTConfig
+from opt_core.errors import InputError, KeywordError, raise_if
+
+ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
+
+
+class Known(NamedTuple):
+    """An argument: its shape, and its values where they are known outside a compiled function."""
+
+    shape: tuple[int | None, ...]
+    dtype: str  # NumPy's name, "int64"
+    values: np.ndarray | None = None
+
+
+class KnownCache(NamedTuple):
+    """A cache: rows, capacity (None: it grows), and the real tokens of each row where they are known."""
+
+    batch_size: int | None
+    capacity: int | None
+    lengths: np.ndarray | None = None
+
+
+def check_inputs(
+    config: OPTConfig,
+    *,
+    input_ids: Known | None = None,
+    attention_mask: Known | None = None,
+    position_ids: Known | None = None,
+    inputs_embeds: Known | None = None,
+    cache: KnownCache | None = None,
+    logits_to_keep: int = 0,
+) -> None:
+    """Raises one InputError that lists everything wrong with the arguments of a call."""
+    problems = _source_problems(config, input_ids, inputs_embeds)
+    source = input_ids if input_ids is not None else inputs_embeds
+    if not problems and source is not None:
+        batch, length = source.shape[:2]
+        problems += _mask_problems(attention_mask, batch, length, cache)
+        problems += _cache_problems(cache, batch)
+        real = None if problems else _real_tokens(attention_mask, source)
+        problems += [] if problems else _length_problems(config, real, length, attention_mask, cache)
+        problems += _position_problems(config, position_ids, batch, length, real)
+        problems += _token_problems(config, input_ids, real)
+    if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, (int, np.integer)) or logits_to_keep < 0:
+        problems.append(f"logits_to_keep: expected an integer of at least 0 (0: all), got {logits_to_keep!r}")
+    raise_if(InputError, "invalid arguments", problems)
+
+
+def _source_problems(config: OPTConfig, input_ids: Known | None, inputs_embeds: Known | None) -> list[str]:
+    if (input_ids is None) == (inputs_embeds is None):
+        got = "neither" if input_ids is None else "both"
+        return [f"input_ids, inputs_embeds: expected exactly one of them, got {got}"]
+    if inputs_embeds is not None:
+        width = config.word_embed_proj_dim
+        if len(inputs_embeds.shape) != 3 or inputs_embeds.shape[2] != width or inputs_embeds.shape[1] == 0:
+            return [
+                f"inputs_embeds: expected shape (batch, tokens, {width}) with at least one token, "
+                f"got {inputs_embeds.shape}"
+            ]
+        return []
+    if not _is_integer(input_ids.dtype):
+        return [f"input_ids: expected an integer dtype, got {input_ids.dtype}"]
+    if len(input_ids.shape) != 2 or input_ids.shape[1] == 0:
+        return [f"input_ids: expected shape (batch, tokens) with at least one token, got {input_ids.shape}"]
+    return []
+
+
+def _mask_problems(mask: Known | None, batch, length, cache: KnownCache | None) -> list[str]:
+    if mask is None:
+        return []
+    if len(mask.shape) != 2 or _differ(mask.shape[0], batch) or not _mask_length_fits(mask.shape[1], length, cache):
+        or_longer = "" if cache is None else f", or with the columns already cached before these {length}"
+        return [f"attention_mask: expected shape ({batch}, {length}){or_longer}, got {mask.shape}"]
+    if mask.values is None:
+        return []
+    if not np.isin(mask.values, (0, 1)).all():
+        wrong = mask.values[~np.isin(mask.values, (0, 1))].flat[0]
+        return [f"attention_mask: expected 1 for real tokens and 0 for padding, got {wrong}"]
+    if cache is not None and cache.lengths is not None and mask.shape[1] > length:
+        cached_B = mask.values[:, : mask.shape[1] - length].sum(1).astype(int)
+        if (cached_B != cache.lengths).any():
+            return [
+                f"attention_mask: its columns before the last {length} hold {cached_B.tolist()} real tokens, "
+                f"the cache holds {cache.lengths.tolist()}"
+            ]
+    return []
+
+
+def _mask_length_fits(mask_length, length, cache: KnownCache | None) -> bool:
+    if mask_length is None or length is None:
+        return True
+    return mask_length == length or (cache is not None and mask_length > length)
+
+
+def _cache_problems(cache: KnownCache | None, batch) -> list[str]:
+    if cache is None or not _differ(cache.batch_size, batch):
+        return []
+    return [f"past_key_values: expected a cache of {batch} rows, got {cache.batch_size}"]
+
+
+def _real_tokens(mask: Known | None, source: Known) -> np.ndarray | None:
+    """True where a token of this call is real; None where that is not known."""
+    batch, length = source.shape[:2]
+    if batch is None or length is None or (mask is not None and mask.values is None):
+        return None
+    if mask is None:
+        return np.ones((batch, length), bool)
+    return mask.values[:, mask.shape[1] - length :] != 0
+
+
+def _length_problems(config: OPTConfig, real, length, mask, cache: KnownCache | None) -> list[str]:
+    if real is None:
+        if mask is None and length is not None and length > config.max_position_embeddings:
+            return [_too_long(config, length)]
+        return []
+    cached_B = 0 if cache is None else cache.lengths
+    if cached_B is None:
+        return []
+    longest = int(np.max(cached_B + real.sum(1), initial=0))
+    if longest > config.max_position_embeddings:
+        return [_too_long(config, longest)]
+    needed = int(np.max(cached_B, initial=0)) + length  # padding columns take a slot until the next call reuses it
+    if cache is not None and cache.capacity is not None and needed > cache.capacity:
+        return [f"past_key_values: its capacity is {cache.capacity} tokens a row, this call needs {needed}"]
+    return []
+
+
+def _too_long(config: OPTConfig, length: int) -> str:
+    return (
+        f"sequence: expected at most max_position_embeddings = {config.max_position_embeddings} real tokens a row, "
+        f"got {length}"
+    )
+
+
+def _position_problems(config: OPTConfig, positions: Known | None, batch, length, real) -> list[str]:
+    if positions is None:
+        return []
+    if not _is_integer(positions.dtype):
+        return [f"position_ids: expected an integer dtype, got {positions.dtype}"]
+    shape = positions.shape
+    if len(shape) != 2 or (shape[0] != 1 and _differ(shape[0], batch)) or _differ(shape[1], length):
+        return [f"position_ids: expected shape ({batch}, {length}) or (1, {length}), got {shape}"]
+    if positions.values is None or real is None:
+        return []
+    values = np.broadcast_to(positions.values, real.shape)
+    return _range_problems("position_ids", values, real, config.max_position_embeddings, "max_position_embeddings")
+
+
+def _token_problems(config: OPTConfig, ids: Known | None, real) -> list[str]:
+    """Padding ids are looked up too, so they must be in range as well."""
+    if ids is None or ids.values is None:
+        return []
+    return _range_problems("input_ids", ids.values, np.ones(ids.shape, bool), config.vocab_size, "vocab_size")
+
+
+def _range_problems(name: str, values: np.ndarray, counted: np.ndarray, bound: int, bound_name: str) -> list[str]:
+    wrong = counted & ((values < 0) | (values >= bound))
+    if not wrong.any():
+        return []
+    row, column = np.argwhere(wrong)[0]
+    count = int(wrong.sum())
+    more = "" if count == 1 else f", the first of {count}"
+    return [
+        f"{name}: expected 0 to {bound - 1} ({bound_name} = {bound}), "
+        f"got {values[row, column]} at row {row}, column {column}{more}"
+    ]
+
+
+def check_labels(name: str, labels: Known, shape: Sequence[int | None], classes: int | None) -> None:
+    """Labels of class indices: the shape, an integer dtype, and each from 0 to `classes` - 1 or -100."""
+    problems = []
+    if len(labels.shape) != len(shape) or any(_differ(got, want) for got, want in zip(labels.shape, shape, strict=True)):
+        problems.append(f"{name}: expected shape {tuple(shape)}, got {labels.shape}")
+    if classes is not None and not _is_integer(labels.dtype):
+        problems.append(f"{name}: expected an integer dtype, got {labels.dtype}")
+    elif classes is not None and labels.values is not None:
+        wrong = (labels.values != -100) & ((labels.values < 0) | (labels.values >= classes))
+        if wrong.any():
+            problems.append(f"{name}: expected 0 to {classes - 1}, or -100 to ignore, got {labels.values[wrong].flat[0]}")
+    raise_if(InputError, "invalid arguments", problems)
+
+
+def arguments_of(function: Callable) -> tuple[str, ...]:
+    """The names of the arguments of `function` that a caller may give by keyword."""
+    named = (p for p in inspect.signature(function).parameters.values() if p.kind != p.VAR_KEYWORD)
+    return tuple(p.name for p in named if p.name != "self")
+
+
+def check_keywords(unknown: Iterable[str], known: Iterable[str]) -> None:
+    """Raises a KeywordError that lists the `unknown` keywords, each with the `known` one it may have meant."""
+    problems = []
+    for name in unknown:
+        close = difflib.get_close_matches(name, tuple(known), n=1)
+        problems.append(f"{name}: unknown keyword" + (f"; did you mean {close[0]}?" if close else ""))
+    raise_if(KeywordError, "invalid arguments", problems)
+
+
+def check_choice(name: str, value, choices: Iterable) -> None:
+    """Raises an InputError when `value` is none of `choices`."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise InputError("invalid arguments", [f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}"])
+
+
+def _differ(got, want) -> bool:
+    """Two sizes disagree; a size unknown in a traced function agrees with all."""
+    return got is not None and want is not None and got != want
+
+
+def _is_integer(dtype: str) -> bool:
+    return dtype.startswith(("int", "uint", "bool"))

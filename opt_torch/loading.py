@@ -1,0 +1,133 @@
+"""`from_pretrained` and `save_pretrained`, PyTorch."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from conversion import push_folder, write_checkpoint
+from conversion.pretrained import Pretrained, open_pretrained
+from opt_core.config import OPTConfig
+from opt_core.schema import published_name, shapes
+
+
+class LoadingMixin:
+    """Reading and writing checkpoints, for a module with `config` and `task`."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source,
+        *,
+        config: OPTConfig | None = None,
+        dtype=None,
+        torch_dtype=None,
+        attn_implementation: str = "sdpa",
+        revision: str | None = None,
+        cache_dir=None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        token=None,
+        subfolder: str | None = None,
+        device=None,
+        output_loading_info: bool = False,
+        **overrides,
+    ):
+        """Loads a folder, a weight file or a hub id; returns the model in evaluation mode.
+
+        Weights are memory-mapped: where the file holds the dtype asked for, a CPU model shares the file's pages.
+
+        Args:
+            dtype: None for float32, "auto" for the stored one, or a torch dtype or its name. `torch_dtype` is an alias.
+            device: where the parameters go; the CPU by default.
+            output_loading_info: also return which weights the checkpoint lacked or had in excess.
+            overrides: fields of the config, e.g. `num_labels=3`.
+
+        Raises:
+            ConfigError, CheckpointError, InputError: everything wrong with the files or arguments; nothing is loaded.
+        """
+        pretrained = open_pretrained(
+            source,
+            cls.task,
+            config=config,
+            overrides=overrides,
+            dtype=_name_of(dtype if dtype is not None else torch_dtype),
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+            token=token,
+            subfolder=subfolder,
+        )
+        model = cls._from_checkpoint(pretrained, attn_implementation, device or "cpu")
+        info = {"missing_keys": list(pretrained.new), "unexpected_keys": list(pretrained.unused)}
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _from_checkpoint(cls, pretrained: Pretrained, attn_implementation: str, device):
+        dtype = getattr(torch, pretrained.dtype)
+        with torch.device("meta"):
+            model = cls(pretrained.config, attn_implementation=attn_implementation)
+        for name in shapes(pretrained.config, cls.task):
+            owner, attribute = _owner(model, published_name(name, cls.task))
+            if name in pretrained.new:
+                owner.to_empty(device=device).to(dtype).reset_parameters()
+                continue
+            tensor = from_numpy(pretrained.checkpoint.read(name)).to(device=device, dtype=dtype)
+            setattr(owner, attribute, nn.Parameter(tensor))
+        model.tie_weights()
+        return model.eval()
+
+    def save_pretrained(self, folder, *, max_shard_size: int | str = "5GB", overwrite: bool = True) -> None:
+        """Writes config.json and safetensors in the published layout, which any backend loads."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: lambda name=name: to_numpy(self.weight(name)) for name in shapes(self.config, self.task)}
+        dtype = str(self.dtype).removeprefix("torch.")
+        write_checkpoint(
+            folder,
+            self.config.replace(torch_dtype=dtype),
+            tensors,
+            task=self.task,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+        )
+
+    def push_to_hub(self, repo_id: str, *, max_shard_size: int | str = "5GB", **options) -> str:
+        """Saves to a temporary folder and uploads it; `options` as in `conversion.push_folder`. Returns the address."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            return push_folder(folder, repo_id, **options)
+
+    def weight(self, name: str) -> Tensor:
+        """The parameter of a canonical name, e.g. `decoder.layers.0.fc1.weight`."""
+        owner, attribute = _owner(self, published_name(name, self.task))
+        return getattr(owner, attribute)
+
+
+def from_numpy(array: np.ndarray) -> Tensor:
+    """A tensor that shares the array's memory; NumPy's bfloat16 is that of ml_dtypes."""
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """The values as a NumPy array, bfloat16 as that of ml_dtypes."""
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        import ml_dtypes
+
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, attribute = name.rpartition(".")
+    return model.get_submodule(path), attribute
+
+
+def _name_of(dtype) -> str | None:
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype

@@ -1,0 +1,53 @@
+"""Losses of the three tasks, PyTorch: float32 whatever the model's dtype, and 0 where nothing is counted."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from opt_core.reference import IGNORED_LABEL
+
+
+def causal_lm_loss(logits_BTV: Tensor, labels_BT: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Token t predicts label t + 1. Labels of -100 and predictions made at padding are not counted."""
+    targets_BT = labels_BT[:, 1:]
+    if attention_mask is not None:
+        targets_BT = torch.where(attention_mask[:, :-1] != 0, targets_BT, IGNORED_LABEL)
+    return cross_entropy(logits_BTV[:, :-1], targets_BT)
+
+
+def classification_loss(logits_BK: Tensor, labels: Tensor, problem_type: str) -> Tensor:
+    """Cross entropy, mean squared error, or binary cross entropy with logits, by `problem_type`."""
+    if problem_type == "single_label_classification":
+        return cross_entropy(logits_BK, labels.reshape(-1))
+    logits_BK, labels = _at_least_float32(logits_BK), labels.to(_at_least_float32(logits_BK).dtype)
+    if problem_type == "regression":
+        return F.mse_loss(logits_BK.reshape(-1), labels.reshape(-1))
+    return F.binary_cross_entropy_with_logits(logits_BK, labels)
+
+
+def question_answering_loss(
+    start_BT: Tensor, end_BT: Tensor, starts_B: Tensor, ends_B: Tensor, attention_mask: Tensor | None = None
+) -> Tensor:
+    """The mean of the losses of start and end, each a softmax over the real positions of its row.
+
+    A position of -100, or one beyond the sequence (a truncated answer), is not counted.
+    """
+    losses = []
+    for logits_BT, positions_B in ((start_BT, starts_B), (end_BT, ends_B)):
+        logits_BT = _at_least_float32(logits_BT)
+        if attention_mask is not None:
+            logits_BT = torch.where(attention_mask != 0, logits_BT, torch.finfo(logits_BT.dtype).min)
+        positions_B = torch.where(positions_B < logits_BT.shape[1], positions_B, IGNORED_LABEL)
+        losses.append(cross_entropy(logits_BT, positions_B))
+    return (losses[0] + losses[1]) / 2
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean of -log softmax(logits)[label] over the labels that are not -100; 0 where all are."""
+    logits = _at_least_float32(logits)
+    total = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
+    return total / (labels != IGNORED_LABEL).sum().clamp(min=1)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
