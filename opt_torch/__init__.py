@@ -13,8 +13,8 @@ from opt_torch.models import (
     OPTForQuestionAnswering,
     OPTForSequenceClassification,
     OPTModel,
-    OPTPreTrainedModel,
 )
+from opt_torch.pretrained import OPTPreTrainedModel
 
 __all__ = [
     "Cache",

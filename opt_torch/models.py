@@ -1,169 +1,19 @@
 """The published classes, PyTorch: base model, causal language model, sequence classification, question answering."""
 
-from collections.abc import Iterable
-from typing import ClassVar
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from opt_core.checks import (
-    ATTENTION_IMPLEMENTATIONS,
-    arguments_of,
-    check_choice,
-    check_inputs,
-    check_keywords,
-    check_labels,
-)
+from opt_core.checks import check_labels
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
 from opt_core.outputs import BaseModelOutput, CausalLMOutput, QuestionAnsweringOutput, SequenceClassifierOutput
 from opt_torch import losses
-from opt_torch.cache import Cache, init_cache
+from opt_torch.cache import Cache
 from opt_torch.decoder import Decoder
 from opt_torch.generation import GenerationMixin
-from opt_torch.inputs import as_index, as_tensor, known, known_cache
-from opt_torch.layers import Embedding, Linear
-from opt_torch.loading import LoadingMixin
-
-
-class OPTPreTrainedModel(LoadingMixin, nn.Module):
-    """What the four classes share. `task` is the name that the weight schema gives to the class."""
-
-    task: ClassVar[str]
-
-    def __init__(self, config: OPTConfig, *, attn_implementation: str = "sdpa"):
-        super().__init__()
-        config.check()
-        check_choice("attn_implementation", attn_implementation, ATTENTION_IMPLEMENTATIONS)
-        self.config = config
-        self.attn_implementation = attn_implementation
-
-    @property
-    def base_model(self) -> "OPTModel":
-        return self.model
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.get_input_embeddings().weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.get_input_embeddings().weight.device
-
-    def set_attn_implementation(self, attn_implementation: str) -> None:
-        check_choice("attn_implementation", attn_implementation, ATTENTION_IMPLEMENTATIONS)
-        self.attn_implementation = attn_implementation
-        for layer in self.base_model.decoder.layers:
-            layer.self_attn.attn_implementation = attn_implementation
-
-    def num_parameters(self, only_trainable: bool = False) -> int:
-        """The number of parameters, a tied head counted once."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
-
-    def init_cache(self, batch_size: int, capacity: int) -> Cache:
-        """An empty cache for `past_key_values`, for `batch_size` rows of up to `capacity` tokens."""
-        return init_cache(self.config, batch_size, capacity, dtype=self.dtype, device=self.device)
-
-    # -- embeddings ---------------------------------------------------------------------------------------------------
-
-    def get_input_embeddings(self) -> Embedding:
-        return self.base_model.decoder.embed_tokens
-
-    def set_input_embeddings(self, embeddings: nn.Embedding) -> None:
-        self.base_model.decoder.embed_tokens = embeddings
-        self.tie_weights()
-
-    def get_output_embeddings(self) -> Linear | None:
-        return None
-
-    def get_decoder(self) -> Decoder:
-        return self.base_model.decoder
-
-    def tie_weights(self) -> None:
-        """Makes the head share the word embeddings again; nothing to do for a class without one."""
-
-    def resize_token_embeddings(self, new_num_tokens: int, pad_to_multiple_of: int | None = None) -> Embedding:
-        """Keeps the first rows of the word embeddings (and of an untied head); new rows start as in a new model."""
-        if pad_to_multiple_of:
-            new_num_tokens = -(-new_num_tokens // pad_to_multiple_of) * pad_to_multiple_of
-        config = self.config.replace(vocab_size=new_num_tokens)
-        old = self.get_input_embeddings()
-        new = Embedding(new_num_tokens, config.word_embed_proj_dim, init_std=config.init_std)
-        self.base_model.decoder.embed_tokens = _with_rows_of(old, new)
-        head = self.get_output_embeddings()
-        if head is not None and not config.tie_word_embeddings:
-            self.lm_head = _with_rows_of(
-                head, Linear(config.word_embed_proj_dim, new_num_tokens, bias=False, init_std=config.init_std)
-            )
-        self.config.vocab_size = new_num_tokens
-        self.tie_weights()
-        return self.get_input_embeddings()
-
-    # -- the call -----------------------------------------------------------------------------------------------------
-
-    def check_inputs(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        inputs_embeds=None,
-        past_key_values: Cache | None = None,
-        logits_to_keep: int = 0,
-    ) -> None:
-        """Raises one InputError with everything wrong; for use before a compiled function, which cannot check values."""
-        check_inputs(
-            self.config,
-            input_ids=known(as_index(input_ids, self.device)),
-            attention_mask=known(as_tensor(attention_mask, self.device)),
-            position_ids=known(as_index(position_ids, self.device)),
-            inputs_embeds=known(as_tensor(inputs_embeds, self.device), values=False),
-            cache=known_cache(past_key_values),
-            logits_to_keep=logits_to_keep,
-        )
-
-    def decode(
-        self,
-        input_ids,
-        attention_mask,
-        position_ids,
-        inputs_embeds,
-        past_key_values: Cache | None,
-        use_cache: bool | None,
-        output_attentions: bool | None,
-        output_hidden_states: bool | None,
-        unknown: Iterable[str],
-        logits_to_keep: int = 0,
-    ) -> BaseModelOutput:
-        """Takes defaults from the config, checks everything, and runs the decoder."""
-        config, device = self.config, self.device
-        check_keywords(unknown, arguments_of(self.forward))
-        self.check_inputs(input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, logits_to_keep)
-        attention_mask = as_tensor(attention_mask, device)
-        if attention_mask is not None and not torch.compiler.is_compiling() and attention_mask.all():
-            attention_mask = None  # nothing to pack, and no mask where none is needed
-        return self.base_model.decoder(
-            as_index(input_ids, device),
-            attention_mask,
-            as_index(position_ids, device),
-            as_tensor(inputs_embeds, device, self.dtype),
-            past_key_values,
-            config.use_cache and not self.training if use_cache is None else use_cache,
-            config.output_attentions if output_attentions is None else output_attentions,
-            config.output_hidden_states if output_hidden_states is None else output_hidden_states,
-        )
-
-    def current_mask(self, attention_mask, tokens: int) -> Tensor | None:
-        """The columns of a mask that belong to the tokens of this call."""
-        attention_mask = as_tensor(attention_mask, self.device)
-        return None if attention_mask is None else attention_mask[:, -tokens:]
-
-
-def _with_rows_of(old: nn.Module, new: nn.Module) -> nn.Module:
-    new = new.to(old.weight.device, old.weight.dtype)
-    rows = min(len(old.weight), len(new.weight))
-    with torch.no_grad():
-        new.weight[:rows] = old.weight[:rows]
-    return new.requires_grad_(old.weight.requires_grad)
+from opt_torch.inputs import as_index, as_tensor, known
+from opt_torch.layers import Linear
+from opt_torch.pretrained import OPTPreTrainedModel
 
 
 class OPTModel(OPTPreTrainedModel):
