@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from conversion.checkpoint import Checkpoint, open_checkpoint
 from conversion.hub import resolve
+
 from opt_core.config import DTYPES, OPTConfig
 from opt_core.errors import ConfigError, InputError, raise_if
 from opt_core.schema import SCHEMA, head_names, shapes

@@ -182,14 +182,17 @@ def _range_problems(name: str, values: np.ndarray, counted: np.ndarray, bound: i
 def check_labels(name: str, labels: Known, shape: Sequence[int | None], classes: int | None) -> None:
     """Labels of class indices: the shape, an integer dtype, and each from 0 to `classes` - 1 or -100."""
     problems = []
-    if len(labels.shape) != len(shape) or any(_differ(got, want) for got, want in zip(labels.shape, shape, strict=True)):
+    if len(labels.shape) != len(shape) or any(
+        _differ(got, want) for got, want in zip(labels.shape, shape, strict=True)
+    ):
         problems.append(f"{name}: expected shape {tuple(shape)}, got {labels.shape}")
     if classes is not None and not _is_integer(labels.dtype):
         problems.append(f"{name}: expected an integer dtype, got {labels.dtype}")
     elif classes is not None and labels.values is not None:
         wrong = (labels.values != -100) & ((labels.values < 0) | (labels.values >= classes))
         if wrong.any():
-            problems.append(f"{name}: expected 0 to {classes - 1}, or -100 to ignore, got {labels.values[wrong].flat[0]}")
+            got = labels.values[wrong].flat[0]
+            problems.append(f"{name}: expected 0 to {classes - 1}, or -100 to ignore, got {got}")
     raise_if(InputError, "invalid arguments", problems)
 
 
@@ -212,7 +215,9 @@ def check_choice(name: str, value, choices: Iterable) -> None:
     """Raises an InputError when `value` is none of `choices`."""
     choices = tuple(choices)
     if value not in choices:
-        raise InputError("invalid arguments", [f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}"])
+        raise InputError(
+            "invalid arguments", [f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}"]
+        )
 
 
 def _differ(got, want) -> bool:

@@ -1,7 +1,7 @@
 """The configuration of an OPT model: published field names and defaults, presets by name, strict validation.
 
-Field names, their order and their defaults are those of the published `OPTConfig`; the sizes of the presets are those of
-Zhang et al., "OPT: Open Pre-trained Transformer Language Models" (arXiv:2205.01068), table 1, and of Taylor et al.,
+Field names, their order and their defaults are those of the published `OPTConfig`; the sizes of the presets are from
+Zhang et al., "OPT: Open Pre-trained Transformer Language Models" (arXiv:2205.01068), table 1, and from Taylor et al.,
 "Galactica" (arXiv:2211.09085), table 5. This module imports no framework.
 """
 
@@ -61,8 +61,8 @@ _KNOWN_AND_INERT = frozenset(
 class OPTConfig:
     """Sizes and switches of one OPT model.
 
-    `word_embed_proj_dim=None` means `hidden_size`. `activation_function` is one of `ACTIVATIONS` or a callable on the
-    arrays of the framework in use. `torch_dtype` names the dtype that the weights are stored in ("float16" in the published
+    `word_embed_proj_dim=None` means `hidden_size`. `activation_function` is one of `ACTIVATIONS` or a callable on
+    the arrays of the framework in use. `torch_dtype` names the dtype of the stored weights ("float16" in the published
     files). `extra` keeps the unknown fields of a file through a round trip; nothing reads them.
 
     Raises:
@@ -214,7 +214,7 @@ class OPTConfig:
         elif not isinstance(self.id2label, dict) or sorted(self.id2label, key=str) != sorted(
             range(self.num_labels), key=str
         ):
-            problems.append(f"id2label: expected names for the labels 0 to {self.num_labels - 1}, got {self.id2label!r}")
+            problems.append(f"id2label: expected names of the labels 0 to {self.num_labels - 1}, got {self.id2label!r}")
         if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
             problems.append(f"problem_type: expected one of {', '.join(PROBLEM_TYPES)}, got {self.problem_type!r}")
         return problems

@@ -57,8 +57,8 @@ def plan_generation(
 ) -> GenerationPlan:
     """Checks a request and fills in what the caller left out.
 
-    Without `attention_mask`, tokens equal to `pad_token_id` are padding (unless it ends the text, too). Without a length,
-    20 new tokens, or as many as there are positions for. `max_length` counts the prompt's columns.
+    Without `attention_mask`, tokens equal to `pad_token_id` are padding (unless it ends the text, too). Without a
+    length, 20 new tokens, or as many as there are positions for. `max_length` counts the prompt's columns.
 
     Raises:
         KeywordError: an option that does not exist.
@@ -95,7 +95,7 @@ def _real_tokens(ids: np.ndarray, attention_mask: Known | None, pad: int, eos: t
 
 
 def _new_tokens(config: OPTConfig, real: np.ndarray, max_new_tokens, max_length) -> tuple[int, list[str]]:
-    """The number of new tokens, and what is wrong with it. The last new token needs no position: it is never fed back."""
+    """The number of new tokens, and what is wrong with it. The last one needs no position: it is never fed back."""
     room = config.max_position_embeddings + 1 - int(real.sum(1).max(initial=0))
     if max_new_tokens is None and max_length is None:
         return min(DEFAULT_NEW_TOKENS, room), []

@@ -22,7 +22,7 @@ class BaseModelOutput(NamedTuple):
 
 
 class CausalLMOutput(NamedTuple):
-    """`loss` float32 scalar, `logits` [B, T, V] (or the last `logits_to_keep` of T); the rest as in `BaseModelOutput`."""
+    """`loss` float32 scalar, `logits` [B, T, V] (or of the last `logits_to_keep`); else as `BaseModelOutput`."""
 
     loss: Array
     logits: Array

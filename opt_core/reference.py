@@ -3,8 +3,8 @@
 It computes what the definition says, one line per step, with an explicit mask and no cache, and is not made to be fast.
 Sources: Zhang et al., arXiv:2205.01068, section 2; positions, order of operations and the 350m variant follow metaseq.
 
-Padding: the position of a real token is the number of real tokens before it. Nothing attends to padding, and the rows of
-padding tokens are zero in every output.
+Padding: the position of a real token is the number of real tokens before it. Nothing attends to padding, and the rows
+of padding tokens are zero in every output.
 """
 
 import math

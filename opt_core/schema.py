@@ -1,8 +1,8 @@
 """Every weight of an OPT model: published name, dimensions, kind, when it exists, what it is tied to.
 
-This table is the one truth about weights. Shapes, counts, checkpoint checks, layouts of formats, random initialisation and
-sharding are all derived from it. Names are the published ones without the leading `model.`, which depends on the class
-that saved them (`published_name`).
+This table is the one truth about weights. Shapes, counts, checkpoint checks, layouts of formats, random initialisation
+and sharding are all derived from it. Names are the published ones without the leading `model.`, which depends on the
+class that saved them (`published_name`).
 """
 
 import itertools

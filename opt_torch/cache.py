@@ -1,8 +1,8 @@
 """The key and value cache, PyTorch.
 
-A row holds its real tokens without gaps, whatever the padding was: slot s of row b is the key of the token at position s.
-`lengths` says how many slots of each row are filled; what lies behind them is never read. Buffers start at zero, since a
-NaN in an unread slot would still reach the output as 0 x NaN.
+A row holds its real tokens without gaps, whatever the padding was: slot s of row b is the key of the token at position
+s. `lengths` says how many slots of each row are filled; what lies behind them is never read. Buffers start at zero,
+since a NaN in an unread slot would still reach the output as 0 x NaN.
 """
 
 from typing import NamedTuple

@@ -107,7 +107,9 @@ class Decoder(nn.Module):
             x_BTE,
             self.next_cache(past, presents, packing, x_BTE) if use_cache else None,
             (*(unpack(x, packing) for x in inputs), x_BTE) if output_hidden_states else None,
-            tuple(unpack_attentions(w, packing, keys_too=past is None) for w in attentions) if output_attentions else None,
+            tuple(unpack_attentions(w, packing, keys_too=past is None) for w in attentions)
+            if output_attentions
+            else None,
         )
 
     def position_rows(
@@ -131,7 +133,9 @@ class Decoder(nn.Module):
             return y_BTD
         return torch.where(torch.rand((), device=x_BTD.device) < self.config.layerdrop, x_BTD, y_BTD)
 
-    def next_cache(self, past: Cache | None, presents: list[LayerCache], packing: Packing | None, x_BTE: Tensor) -> Cache:
+    def next_cache(
+        self, past: Cache | None, presents: list[LayerCache], packing: Packing | None, x_BTE: Tensor
+    ) -> Cache:
         """The cache with the tokens of this call."""
         B, T = x_BTE.shape[:2]
         new_B = torch.full((B,), T, device=x_BTE.device) if packing is None else packing.lengths_B

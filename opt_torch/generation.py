@@ -55,8 +55,8 @@ class GenerationMixin:
             logits_BV, cache = self.decode_step(token_B, cache)
 
     def prefill(self, input_ids_BT: np.ndarray, real_BT: np.ndarray, capacity: int) -> tuple[Tensor, Cache]:
-        """Runs the prompt; returns the logits [B, V] after the last real token of each row, and a cache of `capacity`."""
-        ids_BT, real_BT = torch.as_tensor(input_ids_BT, device=self.device), torch.as_tensor(real_BT, device=self.device)
+        """Runs the prompt; returns the logits [B, V] after the last real token of each row, and its cache."""
+        ids_BT, real_BT = (torch.as_tensor(x, device=self.device) for x in (input_ids_BT, real_BT))
         mask_BT = None if real_BT.all() else real_BT
         out = self.base_model.decoder(ids_BT, mask_BT, use_cache=True)
         columns_BT = torch.arange(ids_BT.shape[1], device=self.device) * real_BT

@@ -26,7 +26,7 @@ class OPTModel(OPTPreTrainedModel):
         self.decoder = Decoder(config, attn_implementation)
 
     @property
-    def base_model(self) -> "OPTModel":
+    def base_model(self) -> OPTPreTrainedModel:
         return self
 
     def forward(

@@ -1,7 +1,7 @@
 """Left-packing of the real tokens, PyTorch: it makes the causal flag the only mask that a kernel needs.
 
-A stable sort puts the real tokens of a row first. Their order, and so their positions, stay as they were; padding follows
-them, where no real query looks. This holds for left padding, right padding and holes alike.
+A stable sort puts the real tokens of a row first. Their order, and so their positions, stay as they were; padding
+follows them, where no real query looks. This holds for left padding, right padding and holes alike.
 """
 
 from typing import NamedTuple

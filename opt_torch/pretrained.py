@@ -29,7 +29,7 @@ class OPTPreTrainedModel(LoadingMixin, nn.Module):
         self.attn_implementation = attn_implementation
 
     @property
-    def base_model(self) -> "OPTModel":
+    def base_model(self) -> "OPTPreTrainedModel":
         return self.model
 
     @property
@@ -100,7 +100,7 @@ class OPTPreTrainedModel(LoadingMixin, nn.Module):
         past_key_values: Cache | None = None,
         logits_to_keep: int = 0,
     ) -> None:
-        """Raises one InputError with everything wrong; for use before a compiled function, which cannot check values."""
+        """Raises one InputError with everything wrong; to call before a compiled function, which sees no values."""
         check_inputs(
             self.config,
             input_ids=known(as_index(input_ids, self.device)),
