@@ -107,6 +107,17 @@ class LoadingMixin:
         return getattr(owner, attribute)
 
 
+def accept_published_names(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
+    """Lets `load_state_dict` take published files as they are: with or without `model.`, tied head stored or not."""
+    if prefix:  # a part of a larger module: its owner has done this
+        return
+    for name in [name for name in state_dict if name.startswith(("decoder.", "model.decoder."))]:
+        state_dict[published_name(name.removeprefix("model."), model.task)] = state_dict.pop(name)
+    embeddings = published_name("decoder.embed_tokens.weight", model.task)
+    if model.get_output_embeddings() is not None and model.config.tie_word_embeddings and embeddings in state_dict:
+        state_dict.setdefault("lm_head.weight", state_dict[embeddings])
+
+
 def from_numpy(array: np.ndarray) -> Tensor:
     """A tensor that shares the array's memory; NumPy's bfloat16 is that of ml_dtypes."""
     if array.dtype.name == "bfloat16":

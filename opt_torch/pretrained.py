@@ -13,7 +13,7 @@ from opt_torch.cache import Cache, init_cache
 from opt_torch.decoder import Decoder
 from opt_torch.inputs import as_index, as_tensor, known, known_cache
 from opt_torch.layers import Embedding, Linear
-from opt_torch.loading import LoadingMixin
+from opt_torch.loading import LoadingMixin, accept_published_names
 
 
 class OPTPreTrainedModel(LoadingMixin, nn.Module):
@@ -25,6 +25,7 @@ class OPTPreTrainedModel(LoadingMixin, nn.Module):
         super().__init__()
         config.check()
         check_choice("attn_implementation", attn_implementation, ATTENTION_IMPLEMENTATIONS)
+        self.register_load_state_dict_pre_hook(accept_published_names)
         self.config = config
         self.attn_implementation = attn_implementation
 

@@ -1,0 +1,44 @@
+"""Which backends are tested: all three, or those of `--backends torch,tf,flax`. One asked for and missing fails."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import pytest
+
+BACKENDS = ("torch", "tf", "flax")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--backends", default=",".join(BACKENDS), help="backends to test, separated by commas")
+
+
+def backends_asked_for(config) -> list[str]:
+    names = config.getoption("--backends").split(",")
+    unknown = [name for name in names if name not in BACKENDS]
+    if unknown:
+        raise pytest.UsageError(f"--backends: expected some of {', '.join(BACKENDS)}, got {', '.join(unknown)}")
+    return names
+
+
+def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", backends_asked_for(metafunc.config), indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def backend(request):
+    """One backend of `--backends` behind calls that are the same for the three (`tests/harness.py`)."""
+    from harness import load_backend
+
+    return load_backend(request.param)
+
+
+@pytest.fixture(scope="session")
+def backends(request):
+    """All backends of `--backends`."""
+    from harness import load_backend
+
+    return [load_backend(name) for name in backends_asked_for(request.config)]
