@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +39,7 @@ _SIZE_BOUNDS = {
 }
 
 # Published spelling -> field; the alias is read, the field is written.
-ALIASES = {"bias": "enable_bias", "dtype": "torch_dtype", "swish": "silu"}
+ALIASES = {"bias": "enable_bias", "dtype": "torch_dtype"}
 
 # Fields of foreign files that would change the arithmetic: only the value that OPT has is accepted.
 _FIXED_BY_THE_ARCHITECTURE = {
@@ -104,8 +105,8 @@ class OPTConfig:
     def __post_init__(self):
         if self.word_embed_proj_dim is None:
             self.word_embed_proj_dim = self.hidden_size
-        if isinstance(self.activation_function, str):
-            self.activation_function = ALIASES.get(self.activation_function, self.activation_function)
+        if self.activation_function == "swish":
+            self.activation_function = "silu"
         if self.torch_dtype is not None:
             self.torch_dtype = str(self.torch_dtype).rpartition(".")[2]  # "torch.float16" in old files
         self._complete_labels()
@@ -160,13 +161,7 @@ class OPTConfig:
         raise_if(ConfigError, "OPTConfig", self._problems())
 
     def _problems(self) -> list[str]:
-        problems = [*self._size_problems(), *self._switch_problems(), *self._token_problems(), *self._label_problems()]
-        if not problems and self.hidden_size % self.num_attention_heads:
-            problems.append(
-                f"hidden_size: expected a multiple of num_attention_heads ({self.num_attention_heads}), "
-                f"got {self.hidden_size}"
-            )
-        return problems
+        return [*self._size_problems(), *self._switch_problems(), *self._token_problems(), *self._label_problems()]
 
     def _size_problems(self) -> list[str]:
         problems = []
@@ -174,6 +169,9 @@ class OPTConfig:
             value, lowest = getattr(self, name), 0 if name == "num_hidden_layers" else 1
             if not _is_int(value) or not lowest <= value <= bound:
                 problems.append(f"{name}: expected an integer from {lowest} to {bound}, got {value!r}")
+        width, heads = self.hidden_size, self.num_attention_heads
+        if _is_int(width) and _is_int(heads) and width > 0 and heads > 0 and width % heads:
+            problems.append(f"hidden_size: expected a multiple of num_attention_heads ({heads}), got {width}")
         return problems
 
     def _switch_problems(self) -> list[str]:
@@ -197,24 +195,27 @@ class OPTConfig:
         return problems
 
     def _token_problems(self) -> list[str]:
-        problems, vocab_size = [], self.vocab_size if _is_int(self.vocab_size) else 0
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            value = getattr(self, name)
-            for token_id in value if isinstance(value, list) else [value]:
-                if token_id is not None and not _is_int(token_id):
-                    problems.append(f"{name}: expected an integer or null, got {token_id!r}")
-        if _is_int(self.pad_token_id) and not 0 <= self.pad_token_id < vocab_size:
-            problems.append(f"pad_token_id: expected an id from 0 to {vocab_size - 1}, got {self.pad_token_id}")
+        problems, pad, eos = [], self.pad_token_id, self.eos_token_id
+        for name in ("pad_token_id", "bos_token_id"):
+            if getattr(self, name) is not None and not _is_int(getattr(self, name)):
+                problems.append(f"{name}: expected an integer or null, got {getattr(self, name)!r}")
+        if eos is not None and not all(map(_is_int, eos if isinstance(eos, list) else [eos])):
+            problems.append(f"eos_token_id: expected an integer, a list of integers or null, got {eos!r}")
+        vocabulary_is_known = _is_int(self.vocab_size) and self.vocab_size > 0
+        if _is_int(pad) and vocabulary_is_known and not 0 <= pad < self.vocab_size:
+            problems.append(f"pad_token_id: expected an id from 0 to {self.vocab_size - 1}, got {pad}")
         return problems
 
     def _label_problems(self) -> list[str]:
         problems = []
-        if not _is_int(self.num_labels) or not 0 < self.num_labels <= 1_000_000:
+        if not isinstance(self.id2label, dict) and self.id2label is not None:
+            problems.append(f"id2label: expected an object of number to name, got {self.id2label!r}")
+        elif not _is_int(self.num_labels) or not 0 < self.num_labels <= 1_000_000:
             problems.append(f"num_labels: expected a positive integer, got {self.num_labels!r}")
-        elif not isinstance(self.id2label, dict) or sorted(self.id2label, key=str) != sorted(
-            range(self.num_labels), key=str
-        ):
+        elif len(self.id2label) != self.num_labels or set(self.id2label) != set(range(self.num_labels)):
             problems.append(f"id2label: expected names of the labels 0 to {self.num_labels - 1}, got {self.id2label!r}")
+        if not isinstance(self.label2id, dict) and self.label2id is not None:
+            problems.append(f"label2id: expected an object of name to number, got {self.label2id!r}")
         if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
             problems.append(f"problem_type: expected one of {', '.join(PROBLEM_TYPES)}, got {self.problem_type!r}")
         return problems
@@ -272,7 +273,8 @@ class OPTConfig:
         fields = {f.name: copy.deepcopy(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "extra"}
         optional = ("torch_dtype", "problem_type", "architectures")
         fields = {name: value for name, value in fields.items() if value is not None or name not in optional}
-        if self.id2label == {0: "LABEL_0", 1: "LABEL_1"}:  # the default of the published config, which leaves it out
+        default = {0: "LABEL_0", 1: "LABEL_1"}  # of the published config, which leaves it out
+        if self.id2label == default and self.label2id == {label: i for i, label in default.items()}:
             del fields["id2label"], fields["label2id"]
         del fields["num_labels"]  # follows from id2label, as in the published files
         return {**self.extra, **fields, "model_type": "opt"}
@@ -304,7 +306,7 @@ class OPTConfig:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Reads one JSON object; refuses duplicate keys, NaN and files over 10 MB.
+    """Reads one JSON object; refuses duplicate keys, numbers that are not finite, and files over 10 MB.
 
     Raises:
         ConfigError: names the file and what is wrong with it.
@@ -314,7 +316,10 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise ConfigError(str(path), [f"expected at most {MAX_JSON_BYTES} bytes of JSON, got {path.stat().st_size}"])
     try:
         value = json.loads(
-            path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
+            path.read_text(encoding="utf-8"),
+            object_pairs_hook=_unique_keys,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
         )
     except (ValueError, RecursionError) as error:
         raise ConfigError(str(path), [f"not valid JSON: {error}"]) from None
@@ -335,6 +340,12 @@ def _refuse_constant(name: str):
     raise ValueError(f"the constant {name} is not JSON")
 
 
+def _finite(text: str) -> float:
+    if math.isinf(float(text)):
+        raise ValueError(f"{text} is not a finite number")
+    return float(text)
+
+
 def _is_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -344,7 +355,7 @@ def _is_number(value) -> bool:
 
 
 def _int_if_digits(key):
-    return int(key) if isinstance(key, str) and key.isdigit() else key
+    return int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 10 else key
 
 
 def _size(width: int, layers: int, heads: int, **more) -> dict[str, Any]:
