@@ -1,0 +1,35 @@
+# `make demo` and `make test` need nothing but Python 3.11 or newer: each makes its own environment and installs into it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+BACKENDS ?= torch,tf,flax
+
+.PHONY: demo test test-slow lint clean
+
+# Converts the embedded checkpoint, proves that the three frameworks agree on it, and generates with each.
+demo: $(INSTALLED)
+	$(BIN)/opt-zoo inspect
+	$(BIN)/opt-zoo convert opt-tiny build/demo/opt-tiny --dtype float32 --overwrite
+	$(BIN)/opt-zoo parity build/demo/opt-tiny --json build/demo/parity.json --html build/demo/parity.html --png build/demo/parity.png
+	$(BIN)/opt-zoo generate build/demo/opt-tiny "ROMEO:" --backend all --max-new-tokens 60
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest --backends $(BACKENDS)
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest --backends $(BACKENDS) -m "slow and not hub and not gpu"
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[all,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build
