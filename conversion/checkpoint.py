@@ -1,0 +1,209 @@
+"""A checkpoint in the published layout, opened without reading its weights: names, shapes and dtypes first, tensors one by one.
+
+Takes a folder (config.json and weights), one weight file, or an index. Writing is `conversion.write`; finding a checkpoint on
+the hub is `conversion.hub`. No framework is imported.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from conversion import safetensors_file, torch_zip
+from conversion.formats import FORMATS, Format, weight_files
+from conversion.index import check_against_shards, read_index
+from conversion.names import canonical_names, task_of
+from conversion.stored import DTYPES, MappedFile, StoredTensor
+from opt_core.config import CONFIG_NAME, OPTConfig
+from opt_core.config import DTYPES as CONFIG_DTYPES
+from opt_core.errors import CheckpointError, raise_if
+from opt_core.schema import SCHEMA, check_shapes, shapes
+
+_EMBEDDING = "decoder.embed_tokens.weight"
+_HEAD = next(row.name for row in SCHEMA if row.tied_to == _EMBEDDING)
+_COMPARED_BYTES = 1 << 24
+
+# Switches that explain missing or unexpected tensors, tried one at a time for a hint.
+_SWITCHES = ("enable_bias", "layer_norm_elementwise_affine", "_remove_final_layer_norm", "tie_word_embeddings")
+
+
+class Checkpoint:
+    """The weights of one model on disk; a context manager.
+
+    Attributes:
+        source: the folder or file it was opened from.
+        format: "safetensors" or "torch-bin".
+        config: that of config.json, `torch_dtype` taken from the tensors where it has none.
+        task: the class that saved it, by the names present: one of `opt_core.schema.TASKS`.
+        shapes, dtypes: by the schema's names; a tied head is not among them.
+    """
+
+    def __init__(self, source: str, format: str, config: OPTConfig, files: list[MappedFile]):
+        self.source, self.format, self.config = source, format, config
+        self._places = _places(files, config, source)
+        self.task = task_of(stored for _, stored in self._places.values())
+        self.shapes = {name: file.tensors[stored].shape for name, (file, stored) in self._places.items()}
+        self.dtypes = {name: file.tensors[stored].dtype for name, (file, stored) in self._places.items()}
+        if config.torch_dtype is None:
+            self.config = config.replace(torch_dtype=_most_common_dtype(self.dtypes))
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor by the schema's name: row-major, writable, in the stored dtype (`ml_dtypes.bfloat16` for bfloat16).
+
+        A view on a private memory map where its bytes lie in one aligned run of the file, else a copy. Writing to it
+        changes neither the file nor what a later `read` returns from the file's unread pages. It outlives `close`.
+        """
+        file, stored = self._places[name]
+        return file.read(stored)
+
+    def check(
+        self,
+        config: OPTConfig | None = None,
+        task: str | None = None,
+        may_lack: Iterable[str] = (),
+        may_have: Iterable[str] = (),
+    ) -> None:
+        """Raises one CheckpointError unless the tensors are exactly those of `config` and `task` (both its own by default).
+
+        `may_lack` names weights that may be absent, such as a new head; `may_have` those that may be left over, such as
+        the head of another class. The error lists every missing, unexpected and mis-shaped tensor, and names the switch
+        of the config that would explain them all, if one does.
+        """
+        config, task = config or self.config, task or self.task
+        may_lack, left_over = tuple(may_lack), set(may_have) - shapes(config, task).keys()
+        found = {name: shape for name, shape in self.shapes.items() if name not in left_over}
+        try:
+            check_shapes(found, config, task, source=self.source, may_lack=may_lack)
+        except CheckpointError as error:
+            hints = _switch_hints(found, config, task, may_lack)
+            raise CheckpointError(self.source, [*error.problems, *hints]) from None
+
+    def close(self) -> None:
+        """Lets go of the files; arrays that were read stay valid."""
+        for file, _ in self._places.values():
+            file.close()
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+def open_checkpoint(source: str | os.PathLike, *, config: OPTConfig | None = None, verify: bool = False) -> Checkpoint:
+    """Opens a local folder, weight file or index; reads headers and config.json only.
+
+    Args:
+        source: a folder with config.json and weights (safetensors are preferred), or one weight file or index.
+        config: used instead of config.json.
+        verify: also reads everything once and compares it with the file's checksums, which only `.bin` has.
+
+    Raises:
+        CheckpointError: lists what is wrong with the files, or says which files were looked for.
+        ConfigError: config.json describes no OPT model.
+    """
+    path = Path(source)
+    format, weights = _find_weights(path)
+    if config is None:
+        config = _read_config(path if path.is_dir() else path.parent)
+    if weights.suffix == ".json":
+        files = _open_shards(weights, format, verify)
+    else:
+        files = [_open_file(weights, format, verify)]
+    return Checkpoint(str(path), format.name, config, files)
+
+
+def _find_weights(path: Path) -> tuple[Format, Path]:
+    if path.is_dir():
+        return weight_files(path)
+    if not path.is_file():
+        raise CheckpointError(str(path), ["no such file or folder"])
+    for format in FORMATS.values():
+        if path.name.endswith((format.suffix, f"{format.suffix}.index.json")):
+            return format, path
+    suffixes = ", ".join(format.suffix for format in FORMATS.values())
+    raise CheckpointError(str(path), [f"expected a file that ends in one of {suffixes} (or such an index)"])
+
+
+def _read_config(folder: Path) -> OPTConfig:
+    if not (folder / CONFIG_NAME).is_file():
+        raise CheckpointError(str(folder), [f"{CONFIG_NAME}: missing; put it beside the weights, or give a config"])
+    return OPTConfig.from_json(folder / CONFIG_NAME)
+
+
+def _open_file(path: Path, format: Format, verify: bool) -> MappedFile:
+    if format.name == "torch-bin":
+        return MappedFile(path, torch_zip.read_tensors(path, verify=verify))
+    header = safetensors_file.read_header(path)
+    framework = header.metadata.get("format", "pt")
+    if framework != "pt":
+        text = f"expected weights in the layout of torch, got metadata that says {framework!r}, a layout that is not read yet"
+        raise CheckpointError(str(path), [text])
+    return MappedFile(path, header.tensors)
+
+
+def _open_shards(index: Path, format: Format, verify: bool) -> list[MappedFile]:
+    weight_map = read_index(index, format.suffix)
+    files = [_open_file(index.parent / shard, format, verify) for shard in dict.fromkeys(weight_map.values())]
+    check_against_shards(weight_map, {file.path.name: file.tensors for file in files}, str(index))
+    return files
+
+
+def _places(files: list[MappedFile], config: OPTConfig, source: str) -> dict[str, tuple[MappedFile, str]]:
+    """Canonical name to its file and its name there, a tied head left out."""
+    tensors = {stored: (file, tensor) for file in files for stored, tensor in file.tensors.items()}
+    found, problems = canonical_names(tensors)
+    problems += [
+        f"{stored}: expected a dtype of {', '.join(DTYPES)}, got {tensor.dtype}"
+        for stored, (_, tensor) in tensors.items()
+        if tensor.dtype not in DTYPES
+    ]
+    raise_if(CheckpointError, source, problems)
+    places = {name: (tensors[stored][0], stored) for name, stored in found.items()}
+    if config.tie_word_embeddings and _HEAD in places:
+        places = _without_tied_head(places, source)
+    return places
+
+
+def _without_tied_head(places: dict[str, tuple[MappedFile, str]], source: str) -> dict[str, tuple[MappedFile, str]]:
+    head = places.pop(_HEAD)
+    embedding = places.setdefault(_EMBEDDING, head)  # safetensors' save_model keeps one name of the two
+    if not _same_values(embedding, head):
+        text = f"{_HEAD}: expected the values of {_EMBEDDING}, to which the config ties it, got others"
+        raise CheckpointError(source, [f"{text}; a config with tie_word_embeddings=false keeps both"])
+    return places
+
+
+def _same_values(a: tuple[MappedFile, str], b: tuple[MappedFile, str]) -> bool:
+    a_stored, b_stored = _tensor(a), _tensor(b)
+    if a[0] is b[0] and a_stored == b_stored:
+        return True
+    if (a_stored.dtype, a_stored.shape) != (b_stored.dtype, b_stored.shape):
+        return False
+    a_bytes, b_bytes = (file.read(stored).reshape(-1).view(np.uint8) for file, stored in (a, b))
+    starts = range(0, a_bytes.size, _COMPARED_BYTES)
+    return all(np.array_equal(a_bytes[i : i + _COMPARED_BYTES], b_bytes[i : i + _COMPARED_BYTES]) for i in starts)
+
+
+def _tensor(place: tuple[MappedFile, str]) -> StoredTensor:
+    file, stored = place
+    return file.tensors[stored]
+
+
+def _most_common_dtype(dtypes: dict[str, str]) -> str | None:
+    common = Counter(dtypes.values()).most_common(1)
+    return common[0][0] if common and common[0][0] in CONFIG_DTYPES else None
+
+
+def _switch_hints(found: dict, config: OPTConfig, task: str, may_lack: tuple[str, ...]) -> list[str]:
+    hints = []
+    for switch in _SWITCHES:
+        other = config.replace(**{switch: not getattr(config, switch)})
+        try:
+            check_shapes(found, other, task, source="", may_lack=may_lack)
+        except CheckpointError:
+            continue
+        hints.append(f"the tensors are those of a config with {switch}={str(getattr(other, switch)).lower()}")
+    return hints

@@ -1,0 +1,121 @@
+"""Finds a checkpoint by local path or hub id, and uploads a folder; all traffic goes through `huggingface_hub`.
+
+Only config.json and the weights in one format are fetched. `huggingface_hub` is imported when a hub is needed, not before.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from conversion.formats import FORMATS
+from conversion.index import index_files
+from opt_core.config import CONFIG_NAME
+from opt_core.errors import CheckpointError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
+
+
+def resolve(
+    source: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+    subfolder: str | None = None,
+    force_download: bool = False,
+    endpoint: str | None = None,
+) -> Path:
+    """The local folder or file of a checkpoint: `source` itself if it exists, else a hub repository, fetched or cached.
+
+    Of a repository it fetches config.json and the weights: safetensors if it has them, else `.bin`. The arguments are
+    those of `huggingface_hub.hf_hub_download`.
+
+    Raises:
+        CheckpointError: `source` is neither; the error says what was tried.
+    """
+    local = Path(source).expanduser()
+    if local.exists():
+        return local / subfolder if subfolder else local
+    if isinstance(source, os.PathLike) or not _HUB_ID.fullmatch(str(source)):
+        raise CheckpointError(str(source), ["no such file or folder, and not a hub id (organisation/name)"])
+    options = dict(
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        token=token,
+        subfolder=subfolder,
+        force_download=force_download,
+        endpoint=endpoint,
+    )
+    return _fetch(str(source), revision, options)
+
+
+def _fetch(repo_id: str, revision: str | None, options: dict) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    def fetch(name: str, revision: str | None) -> Path:
+        return Path(hf_hub_download(repo_id, name, revision=revision, **options))
+
+    try:
+        config = fetch(CONFIG_NAME, revision)
+        commit = _commit(config) or revision  # the weights come from the same commit, whatever is pushed meanwhile
+        _fetch_weights(repo_id, lambda name: fetch(name, commit))
+    except (OSError, ValueError) as error:  # what the hub client raises derives from these two
+        if isinstance(error, CheckpointError):
+            raise
+        reason = " ".join(str(error).split())[:500]
+        tried = ["no such local file or folder", f"hub: {type(error).__name__}: {reason}"]
+        raise CheckpointError(repo_id, tried) from error
+    return config.parent
+
+
+def _commit(path: Path) -> str | None:
+    """The commit in the path of a file in the hub's cache."""
+    parts = path.parts
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
+
+
+def _fetch_weights(repo_id: str, fetch: Callable[[str], Path]) -> None:
+    from huggingface_hub.utils import EntryNotFoundError
+
+    tried = []
+    for format in FORMATS.values():
+        for name in (format.single, format.index):
+            try:
+                path = fetch(name)
+            except EntryNotFoundError:
+                tried.append(name)
+                continue
+            for shard in index_files(path, format.suffix) if name == format.index else ():
+                fetch(shard)
+            return
+    raise CheckpointError(
+        repo_id, ["no such local file or folder", f"hub: has {CONFIG_NAME}, but none of {', '.join(tried)}"]
+    )
+
+
+def push_folder(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    commit_message: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    endpoint: str | None = None,
+) -> str:
+    """Uploads a folder to a model repository on the hub, made if need be; returns the address of the commit or request."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(endpoint=endpoint, token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        commit_message=commit_message or "Upload OPT weights",
+        revision=revision,
+        create_pr=create_pr,
+    )
+    return commit.pr_url or commit.commit_url

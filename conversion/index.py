@@ -1,0 +1,145 @@
+"""Shards: which tensor goes into which file, the index that says so, and the rules that an index from outside must keep.
+
+Source: the index that transformers 4.57.6 writes, `{"metadata": {"total_size": ...}, "weight_map": {name: file}}`.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from opt_core.config import read_json_object
+from opt_core.errors import CheckpointError, ConfigError, InputError, raise_if
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_NUMBERED = re.compile(r"-(\d{5,})-of-(\d{5,})\.")
+
+
+def read_index(path: Path, suffix: str) -> dict[str, str]:
+    """The checked `weight_map` of an index: stored name to file name, every file a plain name that is there.
+
+    Args:
+        path: the index.
+        suffix: what the names of the shards must end in.
+
+    Raises:
+        CheckpointError: lists every unsafe, missing or incomplete entry.
+    """
+    weight_map = _weight_map(path)
+    shards = _unique(weight_map.values())
+    problems = [
+        problem for shard in shards for problem in (_name_problems(shard, suffix) or _file_problems(path, shard))
+    ]
+    raise_if(CheckpointError, str(path), problems or _numbering_problems(set(shards)))
+    return weight_map
+
+
+def index_files(path: Path, suffix: str) -> list[str]:
+    """The names of the shards in an index, checked to be safe, before the files are there (on the way from the hub)."""
+    shards = _unique(_weight_map(path).values())
+    raise_if(CheckpointError, str(path), [problem for shard in shards for problem in _name_problems(shard, suffix)])
+    return shards
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    try:
+        weight_map = read_json_object(path).get("weight_map")
+    except ConfigError as error:
+        raise CheckpointError(error.title, error.problems) from None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(str(path), ["weight_map: expected an object of tensor and file names"])
+    return weight_map
+
+
+def check_against_shards(weight_map: Mapping[str, str], stored: Mapping[str, Iterable[str]], source: str) -> None:
+    """Raises unless each shard holds exactly the tensors that the index puts there.
+
+    Args:
+        weight_map: stored name to file name.
+        stored: file name to the names found in it.
+    """
+    places: dict[str, list[str]] = {}
+    for shard, names in stored.items():
+        for name in names:
+            places.setdefault(name, []).append(shard)
+    problems = [f"{name}: stored in {' and '.join(files)}" for name, files in places.items() if len(files) > 1]
+    problems += [
+        f"{name}: stored in {files[0]}, not in the index" for name, files in places.items() if name not in weight_map
+    ]
+    for name, shard in weight_map.items():
+        if shard not in places.get(name, ()):
+            elsewhere = f", but in {places[name][0]}" if name in places else ""
+            problems.append(f"{name}: the index says {shard}, where it is not{elsewhere}")
+    raise_if(CheckpointError, source, problems)
+
+
+def _unique(values: Iterable) -> list:
+    return list({str(value): value for value in values}.values())
+
+
+def _name_problems(shard, suffix: str) -> list[str]:
+    if not isinstance(shard, str) or not _is_plain(shard):
+        return [f"{str(shard)[:200]!r}: expected the plain name of a file beside the index"]
+    return [] if shard.endswith(suffix) else [f"{shard}: expected a name that ends in {suffix}"]
+
+
+def _file_problems(index: Path, shard: str) -> list[str]:
+    path = index.parent / shard
+    if not path.is_file():
+        return [f"{shard}: missing, expected beside the index"]
+    return [] if path.resolve().is_relative_to(_boundary(index.parent)) else [f"{shard}: a link that leaves the folder"]
+
+
+def _is_plain(name: str) -> bool:
+    return name not in ("", ".", "..") and not re.search(r"[/\\:\x00-\x1f]", name)
+
+
+def _boundary(folder: Path) -> Path:
+    """The folder itself, or that of the repository where `folder` is a snapshot in huggingface_hub's cache.
+
+    There, snapshots hold links to `../../blobs/<hash>`.
+    """
+    for parent in [folder.absolute(), *folder.absolute().parents]:
+        if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
+            return parent.parent.resolve()
+    return folder.resolve()
+
+
+def _numbering_problems(shards: set[str]) -> Iterator[str]:
+    numbers = [match.groups() for shard in shards if (match := _NUMBERED.search(shard))]
+    if not numbers:
+        return
+    totals = {int(total) for _, total in numbers}
+    if len(totals) > 1 or len(numbers) != len(shards):
+        yield f"shards of different sets: {', '.join(sorted(shards)[:10])}"
+    elif {int(number) for number, _ in numbers} != set(range(1, min(max(totals), len(numbers) + 1) + 1)):
+        yield f"expected {max(totals)} shards, the index names {len(numbers)}"
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of "5GB" (decimal), "200MiB" (binary) or a number."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Z]*)", str(size).upper().strip())
+    bytes_ = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
+    if bytes_ <= 0:
+        raise InputError("max_shard_size", [f"expected a size such as '5GB' or a number of bytes, got {size!r}"])
+    return bytes_
+
+
+def plan_shards(sizes: Mapping[str, int], largest: int) -> list[list[str]]:
+    """Names in order, cut where a shard would exceed `largest` bytes; a tensor larger than that has a shard alone."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > largest:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def shard_name(stem: str, suffix: str, number: int, total: int) -> str:
+    """The file name of shard `number` from 1: that of the single file when there is one only."""
+    return f"{stem}{suffix}" if total == 1 else f"{stem}-{number:05d}-of-{total:05d}{suffix}"

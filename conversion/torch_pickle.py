@@ -1,0 +1,182 @@
+"""The pickle inside a torch `.bin`: read without executing anything of the file, written without torch.
+
+The reader knows the few names that a state dict of plain tensors needs and answers them with functions of this module; no
+name of a file is ever imported. The writer emits the same names as text. Sources: `torch/_utils.py` (`_rebuild_tensor_v2`,
+`_rebuild_tensor_v3`, `_rebuild_parameter`) and `torch/serialization.py` (`persistent_id`) of torch 2.13.
+"""
+
+import io
+import math
+import pickle
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from conversion.stored import row_major_strides
+
+# Class of a typed storage -> (dtype, bytes per element). Only the floats are read further on.
+STORAGES = {
+    "DoubleStorage": ("float64", 8),
+    "FloatStorage": ("float32", 4),
+    "HalfStorage": ("float16", 2),
+    "BFloat16Storage": ("bfloat16", 2),
+    "LongStorage": ("int64", 8),
+    "IntStorage": ("int32", 4),
+    "ShortStorage": ("int16", 2),
+    "CharStorage": ("int8", 1),
+    "ByteStorage": ("uint8", 1),
+    "BoolStorage": ("bool", 1),
+    "ComplexFloatStorage": ("complex64", 8),
+    "ComplexDoubleStorage": ("complex128", 16),
+}
+_STORAGE_OF = {dtype: storage for storage, (dtype, _) in STORAGES.items()}
+_ITEM_BYTES = dict(STORAGES.values())
+_DTYPE_ALIASES = {"double": "float64", "float": "float32", "half": "float16"}
+
+
+class Refused(ValueError):
+    """Something in the pickle that a state dict of plain tensors does not need."""
+
+
+class Storage(NamedTuple):
+    key: str  # the member `data/<key>` of the zip
+    nbytes: int
+    dtype: str | None  # None: bytes, whose dtype the tensor gives
+
+
+class View(NamedTuple):
+    """A tensor: a strided window, in elements of `dtype`, on a storage."""
+
+    storage: Storage
+    dtype: str
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class _Dtype(str):
+    pass
+
+
+class _Dict(dict):
+    """Stands for OrderedDict, whose instances carry attributes (`_metadata` of a state dict); they are left unread."""
+
+    def __setstate__(self, state):
+        pass
+
+
+def _rebuild_tensor(storage, offset, shape, strides, requires_grad=False, hooks=None, metadata=None) -> View:
+    return _checked_view(storage, storage.dtype, offset, shape, strides)
+
+
+def _rebuild_tensor_with_dtype(storage, offset, shape, strides, grad, hooks, dtype, metadata=None) -> View:
+    return _checked_view(storage, str(dtype), offset, shape, strides)
+
+
+def _rebuild_parameter(data, requires_grad=False, hooks=None) -> View:
+    if not isinstance(data, View):
+        raise Refused(f"expected a tensor in a parameter, got {type(data).__name__}")
+    return data
+
+
+_GLOBALS: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): _Dict,
+    ("torch", "Size"): tuple,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_with_dtype,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch.storage", "UntypedStorage"): (None, 1),
+    **{("torch", name): storage for name, storage in STORAGES.items()},
+    **{("torch", dtype): _Dtype(dtype) for dtype in _STORAGE_OF},
+    **{("torch", alias): _Dtype(dtype) for alias, dtype in _DTYPE_ALIASES.items()},
+}
+
+
+# The unpickler written in Python: the one written in C allocates its memo by the largest index that a file names.
+class _Unpickler(pickle._Unpickler):
+    def find_class(self, module: str, name: str):
+        try:
+            return _GLOBALS[module, name]
+        except KeyError:
+            raise Refused(
+                f"the pickle asks for {module}.{name}, which weights do not need; nothing was executed"
+            ) from None
+
+    def persistent_load(self, pid) -> Storage:
+        kind, storage, key, _location, count = pid
+        if kind != "storage" or not isinstance(key, str) or not _is_count(count):
+            raise Refused("a persistent id that describes no storage")
+        dtype, item_bytes = storage
+        return Storage(key, count * item_bytes, dtype)
+
+    def get_extension(self, code):
+        raise Refused(f"the pickle asks for extension {code}, which weights do not need")
+
+
+def loads(data: bytes) -> Any:
+    """What `data.pkl` holds, tensors as `View`.
+
+    Raises:
+        Refused: a name outside the list above, a view that leaves its storage or overlaps itself, or damage.
+    """
+    try:
+        return _Unpickler(io.BytesIO(data)).load()
+    except Refused:
+        raise
+    except Exception as error:  # damaged opcodes raise anything, IndexError to TypeError
+        raise Refused(f"damaged pickle: {type(error).__name__}: {str(error)[:200]}") from None
+
+
+def _checked_view(storage, dtype, offset, shape, strides) -> View:
+    if not isinstance(storage, Storage) or dtype not in _ITEM_BYTES or storage.dtype not in (None, dtype):
+        raise Refused("a tensor without a typed storage")
+    shape, strides = tuple(shape), tuple(strides)
+    if not all(map(_is_count, (offset, *shape, *strides))) or len(shape) != len(strides) or len(shape) > 8:
+        raise Refused(f"a tensor of shape {str(shape)[:100]}, strides {str(strides)[:100]}, offset {str(offset)[:100]}")
+    if 0 in shape:
+        raise Refused(f"an empty tensor of shape {shape}")
+    last = 0  # element that the dimensions so far reach, narrowest stride first
+    for stride, size in sorted(zip(strides, shape)):
+        if size > 1 and stride <= last:
+            raise Refused(f"zero or overlapping strides {strides} for shape {shape}")
+        last += (size - 1) * stride
+    if (offset + last + 1) * _ITEM_BYTES[dtype] > storage.nbytes:
+        raise Refused(f"shape {shape} at offset {offset} reaches past its storage of {storage.nbytes} bytes")
+    return View(storage, dtype, offset, shape, strides)
+
+
+def _is_count(value) -> bool:
+    return type(value) is int and value >= 0
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def dumps(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> bytes:
+    """`data.pkl` of a state dict: (name, dtype, shape) of each tensor, the n-th in the whole of storage `data/<n>`."""
+    items = b"".join(_plain(name) + _tensor(str(key), dtype, shape) for key, (name, dtype, shape) in enumerate(tensors))
+    return pickle.PROTO + b"\x02" + _EMPTY_DICT + pickle.MARK + items + pickle.SETITEMS + pickle.STOP
+
+
+def _tensor(key: str, dtype: str, shape: tuple[int, ...]) -> bytes:
+    storage = _tuple(
+        _plain("storage"), _global("torch", _STORAGE_OF[dtype]), *map(_plain, (key, "cpu", math.prod(shape)))
+    )
+    view = map(_plain, (0, shape, row_major_strides(shape), False))
+    arguments = _tuple(storage + pickle.BINPERSID, *view, _EMPTY_DICT)
+    return _global("torch._utils", "_rebuild_tensor_v2") + arguments + pickle.REDUCE
+
+
+def _plain(value) -> bytes:
+    """The opcodes of numbers, text and tuples of them."""
+    return pickle.dumps(value, protocol=2)[2:-1]  # without PROTO and STOP
+
+
+def _tuple(*items: bytes) -> bytes:
+    return pickle.MARK + b"".join(items) + pickle.TUPLE
+
+
+def _global(module: str, name: str) -> bytes:
+    return pickle.GLOBAL + f"{module}\n{name}\n".encode()
+
+
+_EMPTY_DICT = _global("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
