@@ -45,8 +45,8 @@ class OPTTokenizer(TokensWithRoles):
     """OPT's tokenizer.
 
     `vocab_file` and `merges_file` are the paths of `vocab.json` and `merges.txt`, or in memory a dict from token to id
-    and a list of pairs. `settings` and their defaults are `opt_core.tokenizer_settings.SETTINGS`. "</s>" and "<pad>" must
-    be in the vocabulary where they have a role; any other special token that is not is added at its end.
+    and a list of pairs. `settings` and their defaults are `opt_core.tokenizer_settings.SETTINGS`. "</s>" and "<pad>"
+    must be in the vocabulary where they have a role; any other special token that is not is added at its end.
 
     Raises:
         TokenizerError: lists everything wrong with the vocabulary, the merges or the settings.
@@ -91,11 +91,13 @@ class OPTTokenizer(TokensWithRoles):
     def save_pretrained(self, folder: str | Path) -> tuple[str, ...]:
         """Writes the tokenizer files, which transformers' `GPT2Tokenizer`, its fast class and this class all load.
 
-        A role given to a token after loading makes it a special token, which texts are split at, when loaded again: so do
-        the published classes.
+        A role given to a token after loading makes it a special token, which texts are split at, when loaded again:
+        so do the published classes.
         """
-        settings = {name: getattr(self, name) for name in SETTINGS}
-        return write_tokenizer(Path(folder), self._backend, self._template(), settings, self._extra)
+        settings, template = {name: getattr(self, name) for name in SETTINGS}, self._template()
+        if template != (Template.with_bos(self.bos_token_id) if self.add_bos_token else Template()):
+            settings["add_bos_token"] = None  # a foreign rule, which tokenizer.json alone can tell
+        return write_tokenizer(Path(folder), self._backend, template, settings, self._extra)
 
     def __repr__(self) -> str:
         return f"OPTTokenizer(len={len(self)}, padding_side={self.padding_side!r}, {self.special_tokens_map})"
@@ -119,7 +121,7 @@ class OPTTokenizer(TokensWithRoles):
             raise TokenizerError(parts.source, ["bos_token: expected one for add_bos_token=True, got None"])
 
     def _take_over_prefix_space(self, wanted: bool, given: Mapping[str, Any]) -> bool:
-        """The slow class puts one space before the whole text, the backend before each stretch between special tokens."""
+        """The slow class puts one space before the whole text, the backend before each part between special tokens."""
         stage = self._backend.pre_tokenizer
         if isinstance(stage, ByteLevel):
             wanted = wanted or (stage.add_prefix_space and "add_prefix_space" not in given)

@@ -35,7 +35,7 @@ class TokenizerParts:
     """What the files say: the backend, the template of `tokenizer.json` (adding nothing without one), and settings."""
 
     backend: Tokenizer
-    template: Template = Template()
+    template: Template = field(default_factory=Template)
     settings: dict[str, Any] = field(default_factory=dict)
     added_tokens: dict[int, AddedToken] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)  # fields that nothing here obeys, kept for saving
@@ -174,8 +174,8 @@ def _settings_in(content: Mapping[str, Any], template: Template, backend: Tokeni
     padding, first = content.get("padding") or {}, template.single[0]
     settings = {**dict.fromkeys(ROLES), "pad_token": padding.get("pad_token"), "add_bos_token": None}
     settings["padding_side"] = str(padding.get("direction", "right")).lower()
-    if first == backend.token_to_id(OPT_ROLES["bos_token"]):
-        settings |= OPT_ROLES  # OPT's own file, which may lie there alone
+    if template.single == (backend.token_to_id(OPT_ROLES["bos_token"]), "A"):
+        settings |= {**OPT_ROLES, "add_bos_token": True}  # OPT's own file, which may lie there alone
     elif not isinstance(first, str):
         settings["bos_token"] = backend.id_to_token(first)
     return settings

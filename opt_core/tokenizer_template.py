@@ -1,7 +1,7 @@
 """Where special tokens go around a text or a pair of texts, as data, and as the post-processor of a `tokenizer.json`.
 
-The library fixes this rule when a tokenizer is built; users change it later (`add_bos_token`, `bos_token`). So it is read
-from the file, applied in Python, and written back.
+The library fixes this rule when a tokenizer is built; users change it later (`add_bos_token`, `bos_token`). So it is
+read from the file, applied in Python, and written back.
 """
 
 from collections.abc import Callable, Mapping, Sequence
