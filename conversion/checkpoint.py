@@ -1,7 +1,7 @@
-"""A checkpoint in the published layout, opened without reading its weights: names, shapes and dtypes first, tensors one by one.
+"""A checkpoint in the published layout, opened without reading its weights: they come one by one.
 
-Takes a folder (config.json and weights), one weight file, or an index. Writing is `conversion.write`; finding a checkpoint on
-the hub is `conversion.hub`. No framework is imported.
+Takes a folder (config.json and weights), one weight file, or an index. Writing is `conversion.write`; finding a
+checkpoint on the hub is `conversion.hub`. No framework is imported.
 """
 
 import os
@@ -50,10 +50,10 @@ class Checkpoint:
             self.config = config.replace(torch_dtype=_most_common_dtype(self.dtypes))
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor by the schema's name: row-major, writable, in the stored dtype (`ml_dtypes.bfloat16` for bfloat16).
+        """One tensor by the schema's name: row-major, writable, in the stored dtype.
 
-        A view on a private memory map where its bytes lie in one aligned run of the file, else a copy. Writing to it
-        changes neither the file nor what a later `read` returns from the file's unread pages. It outlives `close`.
+        bfloat16 comes as `ml_dtypes.bfloat16`. A view on a private memory map where its bytes lie in one aligned run of
+        the file, else a copy. Writing to it never reaches the file, but a later `read` may see it. It outlives `close`.
         """
         file, stored = self._places[name]
         return file.read(stored)
@@ -65,7 +65,7 @@ class Checkpoint:
         may_lack: Iterable[str] = (),
         may_have: Iterable[str] = (),
     ) -> None:
-        """Raises one CheckpointError unless the tensors are exactly those of `config` and `task` (both its own by default).
+        """Raises one CheckpointError unless the tensors are exactly those of `config` and `task`, by default its own.
 
         `may_lack` names weights that may be absent, such as a new head; `may_have` those that may be left over, such as
         the head of another class. The error lists every missing, unexpected and mis-shaped tensor, and names the switch
@@ -139,7 +139,7 @@ def _open_file(path: Path, format: Format, verify: bool) -> MappedFile:
     header = safetensors_file.read_header(path)
     framework = header.metadata.get("format", "pt")
     if framework != "pt":
-        text = f"expected weights in the layout of torch, got metadata that says {framework!r}, a layout that is not read yet"
+        text = f"expected metadata with format 'pt', got {framework!r}, whose layout of weights is not read yet"
         raise CheckpointError(str(path), [text])
     return MappedFile(path, header.tensors)
 

@@ -1,4 +1,4 @@
-"""The formats, each a declaration: how its files are called, and how each weight of the schema is named and laid out in it.
+"""The formats, each a declaration: what its files are called, how each weight is named and laid out in them.
 
 So far the published layout in its two containers.
 """

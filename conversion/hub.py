@@ -1,6 +1,6 @@
 """Finds a checkpoint by local path or hub id, and uploads a folder; all traffic goes through `huggingface_hub`.
 
-Only config.json and the weights in one format are fetched. `huggingface_hub` is imported when a hub is needed, not before.
+Only config.json and the weights in one format are fetched. `huggingface_hub` is imported when a hub is needed.
 """
 
 import os
@@ -106,7 +106,7 @@ def push_folder(
     create_pr: bool = False,
     endpoint: str | None = None,
 ) -> str:
-    """Uploads a folder to a model repository on the hub, made if need be; returns the address of the commit or request."""
+    """Uploads a folder to a model repository, made if need be; returns the address of the commit or pull request."""
     from huggingface_hub import HfApi
 
     api = HfApi(endpoint=endpoint, token=token)

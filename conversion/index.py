@@ -1,4 +1,4 @@
-"""Shards: which tensor goes into which file, the index that says so, and the rules that an index from outside must keep.
+"""Shards: which tensor goes into which file, the index that says so, and the rules that a foreign index must keep.
 
 Source: the index that transformers 4.57.6 writes, `{"metadata": {"total_size": ...}, "weight_map": {name: file}}`.
 """

@@ -1,7 +1,7 @@
 """Names of weights as met in published torch files, to the schema's names.
 
-Wrappers (`module.` of DataParallel, `_orig_mod.` of torch.compile, ...), the leading `model.`, a missing `decoder.` and the
-final norm's older name are undone here. What is none of OPT's weights is refused with a guess at what the file is.
+Wrappers (`module.` of DataParallel, `_orig_mod.` of torch.compile, ...), the leading `model.`, a missing `decoder.` and
+the final norm's older name are undone here. What is none of OPT's weights is refused with a guess at what the file is.
 """
 
 import re
@@ -17,9 +17,9 @@ _LAYER = re.compile(r"(?<=\blayers\.)(0|[1-9][0-9]{0,5})(?=\.)")
 
 # Part of a foreign name -> what the file is.
 _FOREIGN = {
-    r"qweight|qzeros|\.scales$|g_idx|\.SCB$|absmax|quant_map|quant_state|weight_format": "a quantised checkpoint, which is not read",
+    r"qweight|qzeros|scales$|g_idx|SCB$|absmax|quant_(map|state)|weight_format": "a quantised file, which is not read",
     r"lora_|base_model\.|\.base_layer\.|modules_to_save": "a LoRA adapter: merge it into its base model first",
-    r"flat_param|qkv_proj|decoder\.version$|output_projection|project_(in|out)_dim": "metaseq's layout, which is not read yet",
+    r"flat_param|qkv_proj|version$|output_projection|_(in|out)_dim": "metaseq's layout, which is not read yet",
     r"/|:0$": "a TensorFlow layout, which is not read yet",
     r"\.kernel$|\.embedding$|\.scale$": "a Flax layout, which is not read yet",
     r"^language_model\.": "a model that contains OPT: extract its language model first",

@@ -1,7 +1,7 @@
-"""Where one tensor lies in a file, and its bytes as an array: a view on a private memory map, or a copy where no view can be.
+"""Where one tensor lies in a file, and its bytes as an array: a view on a private memory map, or else a copy.
 
-Containers (`safetensors_file`, `torch_zip`) turn a file into a table of `StoredTensor` without reading weights; everything
-that touches the bytes of weights for reading is here. Nothing here knows names or models.
+Containers (`safetensors_file`, `torch_zip`) turn a file into a table of `StoredTensor` without reading weights; what
+touches the bytes of weights for reading is here. Nothing here knows names or models.
 """
 
 import math
@@ -91,4 +91,4 @@ def row_major_strides(shape: Sequence[int]) -> tuple[int, ...]:
 def _elements_spanned(tensor: StoredTensor) -> int:
     if tensor.strides is None:
         return math.prod(tensor.shape)
-    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides))
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))

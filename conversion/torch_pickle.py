@@ -1,8 +1,9 @@
 """The pickle inside a torch `.bin`: read without executing anything of the file, written without torch.
 
-The reader knows the few names that a state dict of plain tensors needs and answers them with functions of this module; no
-name of a file is ever imported. The writer emits the same names as text. Sources: `torch/_utils.py` (`_rebuild_tensor_v2`,
-`_rebuild_tensor_v3`, `_rebuild_parameter`) and `torch/serialization.py` (`persistent_id`) of torch 2.13.
+The reader knows the few names that a state dict of plain tensors needs and answers them with functions of this module;
+no name of a file is ever imported. The writer emits the same names as text. Sources: `torch/_utils.py`
+(`_rebuild_tensor_v2`, `_rebuild_tensor_v3`, `_rebuild_parameter`) and `torch/serialization.py` (`persistent_id`) of
+torch 2.13.
 """
 
 import io
@@ -58,7 +59,18 @@ class _Dtype(str):
 
 
 class _Dict(dict):
-    """Stands for OrderedDict, whose instances carry attributes (`_metadata` of a state dict); they are left unread."""
+    """Stands for dict and OrderedDict. Attributes (`_metadata` of a state dict) are left unread.
+
+    Keys are text alone: hashing a tuple nested a million times overflows the stack of the interpreter.
+    """
+
+    def __init__(self):
+        super().__init__()
+
+    def __setitem__(self, key, value):
+        if not isinstance(key, str):
+            raise Refused(f"expected names of tensors as keys, got {type(key).__name__}")
+        super().__setitem__(key, value)
 
     def __setstate__(self, state):
         pass
@@ -78,21 +90,40 @@ def _rebuild_parameter(data, requires_grad=False, hooks=None) -> View:
     return data
 
 
+_BYTES_STORAGE = (None, 1)
+_STORAGE_CLASSES = (*STORAGES.values(), _BYTES_STORAGE)
+
 _GLOBALS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): _Dict,
     ("torch", "Size"): tuple,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_with_dtype,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("torch.storage", "UntypedStorage"): (None, 1),
+    ("torch.storage", "UntypedStorage"): _BYTES_STORAGE,
     **{("torch", name): storage for name, storage in STORAGES.items()},
     **{("torch", dtype): _Dtype(dtype) for dtype in _STORAGE_OF},
     **{("torch", alias): _Dtype(dtype) for alias, dtype in _DTYPE_ALIASES.items()},
 }
 
 
+# What torch.save writes for a state dict, in protocols 2 to 5.
+_OPCODES = """
+    PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT
+    BINUNICODE SHORT_BINUNICODE EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS
+    SETITEM SETITEMS BINPUT LONG_BINPUT BINGET LONG_BINGET MEMOIZE GLOBAL STACK_GLOBAL REDUCE BUILD BINPERSID
+"""
+
+
 # The unpickler written in Python: the one written in C allocates its memo by the largest index that a file names.
 class _Unpickler(pickle._Unpickler):
+    def load_empty_dict(self):
+        self.append(_Dict())
+
+    dispatch = {
+        getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _OPCODES.split()
+    }
+    dispatch[pickle.EMPTY_DICT[0]] = load_empty_dict
+
     def find_class(self, module: str, name: str):
         try:
             return _GLOBALS[module, name]
@@ -105,11 +136,10 @@ class _Unpickler(pickle._Unpickler):
         kind, storage, key, _location, count = pid
         if kind != "storage" or not isinstance(key, str) or not _is_count(count):
             raise Refused("a persistent id that describes no storage")
+        if storage not in _STORAGE_CLASSES:
+            raise Refused("a persistent id of an unknown storage class")
         dtype, item_bytes = storage
         return Storage(key, count * item_bytes, dtype)
-
-    def get_extension(self, code):
-        raise Refused(f"the pickle asks for extension {code}, which weights do not need")
 
 
 def loads(data: bytes) -> Any:
@@ -127,7 +157,12 @@ def loads(data: bytes) -> Any:
 
 
 def _checked_view(storage, dtype, offset, shape, strides) -> View:
-    if not isinstance(storage, Storage) or dtype not in _ITEM_BYTES or storage.dtype not in (None, dtype):
+    if (
+        not isinstance(storage, Storage)
+        or not isinstance(dtype, str)
+        or dtype not in _ITEM_BYTES
+        or storage.dtype not in (None, dtype)
+    ):
         raise Refused("a tensor without a typed storage")
     shape, strides = tuple(shape), tuple(strides)
     if not all(map(_is_count, (offset, *shape, *strides))) or len(shape) != len(strides) or len(shape) > 8:
@@ -135,7 +170,7 @@ def _checked_view(storage, dtype, offset, shape, strides) -> View:
     if 0 in shape:
         raise Refused(f"an empty tensor of shape {shape}")
     last = 0  # element that the dimensions so far reach, narrowest stride first
-    for stride, size in sorted(zip(strides, shape)):
+    for stride, size in sorted(zip(strides, shape, strict=True)):
         if size > 1 and stride <= last:
             raise Refused(f"zero or overlapping strides {strides} for shape {shape}")
         last += (size - 1) * stride

@@ -1,6 +1,6 @@
-"""Writes a checkpoint in the published layout, one tensor at a time, so that a broken run leaves no half that passes for whole.
+"""Writes a checkpoint in the published layout, one tensor at a time; a broken run leaves no half that passes for whole.
 
-Every file is first written under a temporary name and synced; only when all are complete are they renamed, config.json last.
+Every file is first written under a temporary name and synced; when all are complete they are renamed, config.json last.
 """
 
 import contextlib
