@@ -1,0 +1,198 @@
+"""The decoder, Flax NNX: embeddings, layers, final norm, projections (Zhang et al., arXiv:2205.01068, section 2)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from opt_core.config import POSITION_OFFSET, OPTConfig
+from opt_core.outputs import BaseModelOutput
+from opt_flax.attention import Attention, LayerCache
+from opt_flax.cache import Cache, GrowingCache, grow
+from opt_flax.layers import ACTIVATION_FUNCTIONS, Embedding, LayerNorm, Linear
+from opt_flax.packing import Packing, make_packing, pack, unpack, unpack_attentions
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and feed-forward, each with a residual; norms before them, or after them (350m)."""
+
+    def __init__(self, config: OPTConfig, attn_implementation: str, *, rngs: nnx.Rngs, dtype):
+        self.pre_norm = config.do_layer_norm_before
+        self.dropout = nnx.Dropout(config.dropout, rngs=rngs if config.dropout else None)
+        activation = config.activation_function
+        self.activation = activation if callable(activation) else ACTIVATION_FUNCTIONS[activation]
+        affine = config.layer_norm_elementwise_affine
+        shape = dict(bias=config.enable_bias, init_std=config.init_std, rngs=rngs, dtype=dtype)
+        self.self_attn = Attention(config, attn_implementation, rngs=rngs, dtype=dtype)
+        self.self_attn_layer_norm = LayerNorm(config.hidden_size, affine=affine, dtype=dtype)
+        self.fc1 = Linear(config.hidden_size, config.ffn_dim, **shape)
+        self.fc2 = Linear(config.ffn_dim, config.hidden_size, **shape)
+        self.final_layer_norm = LayerNorm(config.hidden_size, affine=affine, dtype=dtype)
+
+    def __call__(
+        self, x_BTD: Array, past: LayerCache | None, lengths_B: Array | None, output_attentions: bool
+    ) -> tuple[Array, LayerCache, Array | None]:
+        residual_BTD = x_BTD
+        if self.pre_norm:
+            x_BTD = self.self_attn_layer_norm(x_BTD)
+        x_BTD, present, weights_BNTS = self.self_attn(x_BTD, past, lengths_B, output_attentions)
+        x_BTD = residual_BTD + self.dropout(x_BTD)
+        if not self.pre_norm:
+            x_BTD = self.self_attn_layer_norm(x_BTD)
+
+        residual_BTD = x_BTD
+        if self.pre_norm:
+            x_BTD = self.final_layer_norm(x_BTD)
+        x_BTD = self.fc2(self.activation(self.fc1(x_BTD)))
+        x_BTD = residual_BTD + self.dropout(x_BTD)
+        if not self.pre_norm:
+            x_BTD = self.final_layer_norm(x_BTD)
+        return x_BTD, present, weights_BNTS
+
+
+class Decoder(nnx.Module):
+    """Tokens [B, T] to hidden states [B, T, E]. Arguments are checked before they come here."""
+
+    def __init__(self, config: OPTConfig, attn_implementation: str, *, rngs: nnx.Rngs, dtype):
+        self.static_config = StaticConfig(config)
+        embed_size, hidden_size = config.word_embed_proj_dim, config.hidden_size
+        start = dict(init_std=config.init_std, rngs=rngs, dtype=dtype)
+        self.embed_tokens = Embedding(config.vocab_size, embed_size, zero_row=config.pad_token_id, **start)
+        self.embed_positions = Embedding(config.max_position_embeddings + POSITION_OFFSET, hidden_size, **start)
+        projects, norms = config.has_projections, config.has_final_layer_norm
+        self.project_in = Linear(embed_size, hidden_size, bias=False, **start) if projects else None
+        self.layers = nnx.List(
+            [DecoderLayer(config, attn_implementation, rngs=rngs, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        )
+        self.layer_drop = nnx.Dropout(config.layerdrop, rngs=rngs if config.layerdrop else None)
+        affine = config.layer_norm_elementwise_affine
+        self.final_layer_norm = LayerNorm(hidden_size, affine=affine, dtype=dtype) if norms else None
+        self.project_out = Linear(hidden_size, embed_size, bias=False, **start) if projects else None
+
+    @property
+    def config(self) -> OPTConfig:
+        return self.static_config.config
+
+    def __call__(
+        self,
+        input_ids: Array | None = None,
+        attention_mask: Array | None = None,
+        position_ids: Array | None = None,
+        inputs_embeds: Array | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> BaseModelOutput:
+        x_BTE = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        packing = None if attention_mask is None else make_packing(attention_mask[:, -x_BTE.shape[1] :])
+        past = past_key_values
+        if isinstance(past, GrowingCache):
+            past = grow(past, x_BTE.shape[1])
+        lengths_B = None if past is None else past.lengths
+
+        x_BTD = pack(x_BTE, packing)
+        if self.project_in is not None:
+            x_BTD = self.project_in(x_BTD)
+        x_BTD = x_BTD + self.embed_positions(self.position_rows(x_BTD, position_ids, packing, past))
+
+        inputs, presents, attentions = [], [], []
+        for i, layer in enumerate(self.layers):
+            inputs.append(x_BTD)
+            past_layer = None if past is None else (past.keys[i], past.values[i])
+            y_BTD, present, weights_BNTS = run_layer(layer, x_BTD, past_layer, lengths_B, output_attentions)
+            x_BTD = self.drop_layer(x_BTD, y_BTD)
+            presents.append(present)
+            attentions.append(weights_BNTS)
+        if self.final_layer_norm is not None:
+            x_BTD = self.final_layer_norm(x_BTD)
+        x_BTE = x_BTD if self.project_out is None else self.project_out(x_BTD)
+        x_BTE = unpack(x_BTE, packing)
+
+        return BaseModelOutput(
+            x_BTE,
+            self.next_cache(past, presents, packing, x_BTE) if use_cache else None,
+            (*(unpack(x, packing) for x in inputs), x_BTE) if output_hidden_states else None,
+            tuple(unpack_attentions(w, packing, keys_too=past is None) for w in attentions)
+            if output_attentions
+            else None,
+        )
+
+    def position_rows(
+        self, x_BTD: Array, position_ids: Array | None, packing: Packing | None, past: Cache | None
+    ) -> Array:
+        """Rows of the position table, [B, T] or [1, T]: the number of real tokens before each, plus the offset.
+
+        -1, which no table has, for a position below 0 and for a real token beyond the capacity of the cache.
+        """
+        (B, T), slots_BT = x_BTD.shape[:2], jnp.arange(x_BTD.shape[1])[None]
+        if past is not None:
+            slots_BT = past.lengths[:, None] + slots_BT
+        if position_ids is None:
+            position_ids = slots_BT
+        elif packing is not None:
+            position_ids = jnp.take_along_axis(jnp.broadcast_to(position_ids, (B, T)), packing.order_BT, 1)
+        rows_BT = jnp.where(position_ids < 0, -1, position_ids + POSITION_OFFSET)
+        if past is not None and past.keys:
+            rows_BT = jnp.where(slots_BT < past.capacity, rows_BT, -1)
+        if packing is not None:  # positions of padding, behind the real tokens, may lie outside the table
+            rows_BT = jnp.where(jnp.arange(T) < packing.lengths_B[:, None], rows_BT, POSITION_OFFSET)
+        return rows_BT
+
+    def drop_layer(self, x_BTD: Array, y_BTD: Array) -> Array:
+        """LayerDrop (Fan et al., arXiv:1909.11556): in training, a layer is skipped with probability `layerdrop`."""
+        if self.layer_drop.deterministic or not self.config.layerdrop:
+            return y_BTD
+        return jnp.where(self.layer_drop(jnp.ones(())) == 0, x_BTD, y_BTD)
+
+    def next_cache(
+        self, past: Cache | None, presents: list[LayerCache], packing: Packing | None, x_BTE: Array
+    ) -> Cache:
+        """The cache with the tokens of this call."""
+        B, T = x_BTE.shape[:2]
+        new_B = jnp.full((B,), T, jnp.int32) if packing is None else packing.lengths_B
+        keys, values = (tuple(present[j] for present in presents) for j in (0, 1))
+        if past is None:
+            return GrowingCache(keys, values, new_B)
+        return type(past)(keys, values, past.lengths + new_B)
+
+
+class StaticConfig:
+    """A config as NNX wants the static attributes of a module: with equality and a hash, both by its fields.
+
+    So a compiled function is compiled anew when a field has changed.
+    """
+
+    def __init__(self, config: OPTConfig):
+        self.config = config
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, StaticConfig) and self.config == other.config
+
+    def __hash__(self) -> int:
+        return hash(repr(self.config))
+
+
+def run_layer(
+    layer: DecoderLayer, x_BTD: Array, past: LayerCache | None, lengths_B: Array | None, output_attentions: bool
+) -> tuple[Array, LayerCache, Array | None]:
+    """Calls a layer; outside a compiled function as one compiled function, that equal layers share.
+
+    Operation by operation, a layer takes several times as long.
+    """
+    if isinstance(x_BTD, jax.core.Tracer):
+        return layer(x_BTD, past, lengths_B, output_attentions)
+    graphdef, rngs, weights = nnx.split(layer, nnx.RngState, ...)
+    outputs, rngs = _compiled_layer(graphdef, rngs, weights, x_BTD, past, lengths_B, output_attentions)
+    if not layer.dropout.deterministic:
+        nnx.update(layer, rngs)
+    return outputs
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "output_attentions"))
+def _compiled_layer(graphdef, rngs, weights, x_BTD, past, lengths_B, output_attentions):
+    layer = nnx.merge(graphdef, rngs, weights)
+    outputs = layer(x_BTD, past, lengths_B, output_attentions)
+    return outputs, nnx.state(layer, nnx.RngState)

@@ -1,0 +1,44 @@
+"""What a user passes, as JAX arrays; and what is known of it, for the checks that the backends share."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from opt_core.checks import Known, KnownCache
+from opt_flax.cache import Cache, GrowingCache
+
+
+def as_tensor(x, dtype=None) -> Array | None:
+    """An array of one of JAX or NumPy, or of nested lists; None stays None."""
+    return None if x is None else jnp.asarray(x, dtype)
+
+
+def as_index(x) -> Array | None:
+    """An index array, int32; an array of floats stays as it is, for the checks to refuse."""
+    if x is None or isinstance(x, jax.Array):
+        return x if x is None or jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.int32)
+    x = np.asarray(x)
+    if np.issubdtype(x.dtype, np.integer):  # a wider integer must not wrap into the range
+        x = np.clip(x, np.iinfo(np.int32).min, np.iinfo(np.int32).max).astype(np.int32)
+    return as_index(jnp.asarray(x))
+
+
+def known(x, *, values: bool = True) -> Known | None:
+    """Shape and dtype; the values too, unless this is being compiled, or they are not worth reading."""
+    if x is None:
+        return None
+    x = x if hasattr(x, "dtype") else np.asarray(x)
+    dtype = str(x.dtype)
+    if not values or isinstance(x, jax.core.Tracer):
+        return Known(tuple(x.shape), dtype)
+    x = np.asarray(x)
+    return Known(x.shape, dtype, x.astype(np.float32) if dtype == "bfloat16" else x)
+
+
+def known_cache(cache: Cache | None) -> KnownCache | None:
+    if cache is None:
+        return None
+    capacity = None if isinstance(cache, GrowingCache) else cache.capacity
+    lengths = known(cache.lengths)
+    return KnownCache(cache.batch_size, capacity, lengths.values)

@@ -1,0 +1,113 @@
+"""The layers with weights, Flax NNX: published names, published (out, in) layout, published initialisation.
+
+Parameters and results have one dtype; products, norms and activations are computed in float32 at least, rounded once.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+
+from opt_core.config import LAYER_NORM_EPS
+
+
+def at_least_float32(dtype) -> jnp.dtype:
+    """The dtype that values of `dtype` are summed in."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def contract(formula: str, x: Array, y: Array) -> Array:
+    """`einsum` of two arrays, summed and returned in float32 at least.
+
+    float32 stays float32: by default a GPU would round the factors to TF32, a TPU to bfloat16.
+    """
+    precision = None if x.dtype in (jnp.float16, jnp.bfloat16) else lax.Precision.HIGHEST
+    return jnp.einsum(formula, x, y, precision=precision, preferred_element_type=at_least_float32(x.dtype))
+
+
+def _rounded_once(function):
+    return lambda x: function(x.astype(at_least_float32(x.dtype))).astype(x.dtype)
+
+
+ACTIVATION_FUNCTIONS = {
+    "relu": jax.nn.relu,
+    "gelu": _rounded_once(functools.partial(jax.nn.gelu, approximate=False)),
+    "gelu_new": _rounded_once(functools.partial(jax.nn.gelu, approximate=True)),
+    "silu": _rounded_once(jax.nn.silu),
+}
+
+
+class Linear(nnx.Module):
+    """x W^T + b with `weight` [out, in]; weights start normal with `init_std`, biases at zero."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, init_std: float, rngs: nnx.Rngs, dtype):
+        self.init_std = init_std
+        self.weight = nnx.Param(_normal(rngs.params(), (out_features, in_features), init_std, dtype))
+        self.bias = nnx.Param(jnp.zeros(out_features, dtype)) if bias else None
+
+    def reset_parameters(self, rngs: nnx.Rngs) -> None:
+        weight = self.weight.get_value()
+        self.weight = nnx.Param(_normal(rngs.params(), weight.shape, self.init_std, weight.dtype))
+        if self.bias is not None:
+            self.bias = nnx.Param(jnp.zeros(weight.shape[:1], weight.dtype))
+
+    def __call__(self, x: Array) -> Array:
+        return linear(x, self.weight.get_value(), None if self.bias is None else self.bias.get_value())
+
+
+class Embedding(nnx.Module):
+    """Rows of `weight` [num_embeddings, width]; they start normal with `init_std`, that of `zero_row` at zero."""
+
+    def __init__(
+        self, num_embeddings: int, width: int, *, init_std: float, rngs: nnx.Rngs, dtype, zero_row: int | None = None
+    ):
+        self.init_std, self.zero_row = init_std, zero_row
+        self.weight = nnx.Param(_normal(rngs.params(), (num_embeddings, width), init_std, dtype, zero_row))
+
+    def reset_parameters(self, rngs: nnx.Rngs) -> None:
+        weight = self.weight.get_value()
+        self.weight = nnx.Param(_normal(rngs.params(), weight.shape, self.init_std, weight.dtype, self.zero_row))
+
+    def __call__(self, ids: Array) -> Array:
+        """The rows of `ids`; NaN for an id below 0 or beyond the table, which a compiled function cannot refuse."""
+        return rows(self.weight.get_value(), ids)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / sqrt(variance + 1e-5) * weight + bias over the last dimension, in float32 at least inside."""
+
+    def __init__(self, width: int, *, affine: bool, dtype):
+        self.weight = nnx.Param(jnp.ones(width, dtype)) if affine else None
+        self.bias = nnx.Param(jnp.zeros(width, dtype)) if affine else None
+
+    def __call__(self, x: Array) -> Array:
+        if self.weight is None:
+            return layer_norm(x)
+        return layer_norm(x, self.weight.get_value(), self.bias.get_value())
+
+
+@jax.jit
+def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    y = contract("...i,oi->...o", x, weight)
+    return (y if bias is None else y + bias).astype(x.dtype)
+
+
+@jax.jit
+def rows(table: Array, ids: Array) -> Array:
+    return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+
+@jax.jit
+def layer_norm(x: Array, weight: Array | float = 1.0, bias: Array | float = 0.0) -> Array:
+    y = x.astype(at_least_float32(x.dtype))
+    y = y - y.mean(-1, keepdims=True)
+    y = y * lax.rsqrt((y * y).mean(-1, keepdims=True) + LAYER_NORM_EPS)
+    return (y * weight + bias).astype(x.dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "std", "dtype", "zero_row"))
+def _normal(key: Array, shape: tuple[int, ...], std: float, dtype, zero_row: int | None = None) -> Array:
+    values = (std * jax.random.normal(key, shape)).astype(dtype)
+    return values if zero_row is None else values.at[zero_row].set(0)

@@ -1,0 +1,141 @@
+"""`from_pretrained` and `save_pretrained`, Flax NNX."""
+
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from conversion import push_folder, write_checkpoint
+from conversion.pretrained import Pretrained, open_pretrained
+from opt_core.config import OPTConfig
+from opt_core.schema import published_name, shapes
+
+
+class LoadingMixin:
+    """Reading and writing checkpoints, for a module with `config` and `task`."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source,
+        *,
+        config: OPTConfig | None = None,
+        dtype=None,
+        torch_dtype=None,
+        attn_implementation: str = "sdpa",
+        revision: str | None = None,
+        cache_dir=None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        token=None,
+        subfolder: str | None = None,
+        device=None,
+        output_loading_info: bool = False,
+        rngs: nnx.Rngs | None = None,
+        **overrides,
+    ):
+        """Loads a folder, a weight file or a hub id; returns the model in evaluation mode.
+
+        Weights are memory-mapped: where the file holds the dtype asked for, at addresses that XLA takes (multiples of
+        64 bytes, as this project writes them), a CPU model shares the file's pages.
+
+        Args:
+            dtype: None for float32, "auto" for the stored one, or a JAX dtype or its name. `torch_dtype` is an alias.
+            device: where the parameters go: a device, a sharding, or a platform's name; by default JAX's own.
+            output_loading_info: also return which weights the checkpoint lacked or had in excess.
+            rngs: for the weights of a new head, and dropout in later training.
+            overrides: fields of the config, e.g. `num_labels=3`.
+
+        Raises:
+            ConfigError, CheckpointError, InputError: everything wrong with the files or arguments; nothing is loaded.
+        """
+        pretrained = open_pretrained(
+            source,
+            cls.task,
+            config=config,
+            overrides=overrides,
+            dtype=_name_of(dtype if dtype is not None else torch_dtype),
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+            token=token,
+            subfolder=subfolder,
+        )
+        model = cls._from_checkpoint(pretrained, attn_implementation, device, rngs or nnx.Rngs(0))
+        info = {"missing_keys": list(pretrained.new), "unexpected_keys": list(pretrained.unused)}
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _from_checkpoint(cls, pretrained: Pretrained, attn_implementation: str, device, rngs: nnx.Rngs):
+        dtype = jnp.dtype(pretrained.dtype)
+        device = jax.devices(device)[0] if isinstance(device, str) else device
+        model = nnx.eval_shape(lambda: cls(pretrained.config, attn_implementation=attn_implementation, dtype=dtype))
+        for name in shapes(pretrained.config, cls.task):
+            owner, attribute = _owner(model, published_name(name, cls.task))
+            if name in pretrained.new:
+                owner.reset_parameters(rngs)
+                continue
+            array = from_numpy(pretrained.checkpoint.read(name), device).astype(dtype)
+            setattr(owner, attribute, nnx.Param(array))
+        _start_streams(model, rngs)
+        model.eval()
+        return model
+
+    def save_pretrained(self, folder, *, max_shard_size: int | str = "5GB", overwrite: bool = True) -> None:
+        """Writes config.json and safetensors in the published layout, which any backend loads."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: lambda name=name: to_numpy(self.weight(name)) for name in shapes(self.config, self.task)}
+        write_checkpoint(
+            folder,
+            self.config.replace(torch_dtype=self.dtype.name),
+            tensors,
+            task=self.task,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+        )
+
+    def push_to_hub(self, repo_id: str, *, max_shard_size: int | str = "5GB", **options) -> str:
+        """Saves to a temporary folder and uploads it; `options` as in `conversion.push_folder`. Returns the address."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            return push_folder(folder, repo_id, **options)
+
+    def weight(self, name: str) -> Array:
+        """The parameter of a canonical name, e.g. `decoder.layers.0.fc1.weight`."""
+        owner, attribute = _owner(self, published_name(name, self.task))
+        return getattr(owner, attribute).get_value()
+
+
+def from_numpy(array: np.ndarray, device=None) -> Array:
+    """An array that shares the memory, where that is the CPU's and aligned; NumPy's bfloat16 is that of ml_dtypes."""
+    return jax.device_put(array, device)
+
+
+def to_numpy(array: Array) -> np.ndarray:
+    """The values as a NumPy array, bfloat16 as that of ml_dtypes."""
+    return np.asarray(array)
+
+
+def _owner(model: nnx.Module, name: str) -> tuple[nnx.Module, str]:
+    *path, attribute = name.split(".")
+    for part in path:
+        model = model[int(part)] if part.isdigit() else getattr(model, part)
+    return model, attribute
+
+
+def _name_of(dtype) -> str | None:
+    return dtype if dtype is None or isinstance(dtype, str) else jnp.dtype(dtype).name
+
+
+def _start_streams(model: nnx.Module, rngs: nnx.Rngs) -> None:
+    """Gives the random streams of an abstract model, one per dropout, their keys."""
+    streams = [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.RngStream)]
+    for stream, key in zip(streams, jax.random.split(rngs.dropout(), len(streams)) if streams else [], strict=True):
+        stream.key.set_value(key)
+        stream.count.set_value(jnp.zeros((), jnp.uint32))

@@ -1,0 +1,64 @@
+"""Losses of the three tasks, JAX: float32 whatever the model's dtype, and 0 where nothing is counted."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from opt_core.reference import IGNORED_LABEL
+from opt_flax.layers import at_least_float32
+
+
+@jax.jit
+def causal_lm_loss(logits_BTV: Array, labels_BT: Array, attention_mask: Array | None = None) -> Array:
+    """Token t predicts label t + 1. Labels of -100 and predictions made at padding are not counted."""
+    targets_BT = labels_BT[:, 1:]
+    if attention_mask is not None:
+        targets_BT = jnp.where(attention_mask[:, :-1] != 0, targets_BT, IGNORED_LABEL)
+    return cross_entropy(logits_BTV[:, :-1], targets_BT)
+
+
+@functools.partial(jax.jit, static_argnames="problem_type")
+def classification_loss(logits_BK: Array, labels: Array, problem_type: str) -> Array:
+    """Cross entropy, mean squared error, or binary cross entropy with logits, by `problem_type`."""
+    if problem_type == "single_label_classification":
+        return cross_entropy(logits_BK, labels.reshape(-1))
+    logits_BK, labels = _at_least_float32(logits_BK), labels.astype(_at_least_float32(logits_BK).dtype)
+    if problem_type == "regression":
+        return ((logits_BK.reshape(-1) - labels.reshape(-1)) ** 2).mean()
+    return (jax.nn.softplus(logits_BK) - logits_BK * labels).mean()
+
+
+@jax.jit
+def question_answering_loss(
+    start_BT: Array, end_BT: Array, starts_B: Array, ends_B: Array, attention_mask: Array | None = None
+) -> Array:
+    """The mean of the losses of start and end, each a softmax over the real positions of its row.
+
+    A position of -100, or one beyond the sequence (a truncated answer), is not counted.
+    """
+    losses = []
+    for logits_BT, positions_B in ((start_BT, starts_B), (end_BT, ends_B)):
+        logits_BT = _at_least_float32(logits_BT)
+        if attention_mask is not None:
+            logits_BT = jnp.where(attention_mask != 0, logits_BT, jnp.finfo(logits_BT.dtype).min)
+        positions_B = jnp.where(positions_B < logits_BT.shape[1], positions_B, IGNORED_LABEL)
+        losses.append(cross_entropy(logits_BT, positions_B))
+    return (losses[0] + losses[1]) / 2
+
+
+def cross_entropy(logits: Array, labels: Array) -> Array:
+    """The mean of -log softmax(logits)[label] over the labels that are not -100; 0 where all are.
+
+    NaN where a label is out of range, which a compiled function cannot refuse.
+    """
+    logits, counted = _at_least_float32(logits), labels != IGNORED_LABEL
+    columns = jnp.where(counted, jnp.where(labels < 0, logits.shape[-1], labels), 0)
+    chosen = jnp.take_along_axis(logits, columns[..., None], -1, mode="fill")[..., 0]
+    losses = jax.nn.logsumexp(logits, -1) - chosen
+    return jnp.where(counted, losses, 0).sum() / jnp.maximum(counted.sum(), 1)
+
+
+def _at_least_float32(x: Array) -> Array:
+    return x.astype(at_least_float32(x.dtype))

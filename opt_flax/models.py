@@ -1,0 +1,294 @@
+"""The published classes, Flax NNX: base model, causal language model, sequence classification, question answering."""
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from opt_core.checks import check_labels
+from opt_core.config import OPTConfig
+from opt_core.errors import InputError
+from opt_core.outputs import BaseModelOutput, CausalLMOutput, QuestionAnsweringOutput, SequenceClassifierOutput
+from opt_flax import losses
+from opt_flax.cache import Cache
+from opt_flax.decoder import Decoder
+from opt_flax.generation import GenerationMixin
+from opt_flax.inputs import as_index, as_tensor, known
+from opt_flax.layers import Embedding, Linear, linear
+from opt_flax.pretrained import FlaxOPTPreTrainedModel
+
+
+class FlaxOPTModel(FlaxOPTPreTrainedModel):
+    """The decoder without a head."""
+
+    task = "base"
+
+    def __init__(
+        self,
+        config: OPTConfig,
+        *,
+        rngs: nnx.Rngs | None = None,
+        attn_implementation: str = "sdpa",
+        dtype=jnp.float32,
+    ):
+        super().__init__(config, attn_implementation=attn_implementation)
+        rngs = rngs or nnx.Rngs(0)
+        self.decoder = Decoder(config, attn_implementation, rngs=rngs, dtype=dtype)
+
+    @property
+    def base_model(self) -> FlaxOPTPreTrainedModel:
+        return self
+
+    def __call__(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        inputs_embeds=None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **unknown,
+    ) -> BaseModelOutput:
+        """Hidden states [B, T, E] of `input_ids` [B, T] or `inputs_embeds` [B, T, E].
+
+        Args:
+            attention_mask: [B, T], 1 for real tokens; with a cache, all columns so far may be given.
+            position_ids: [B, T] or [1, T], from 0; by default the number of real tokens before each.
+            past_key_values: a cache to continue; it stays as it was, the new one is in the output.
+
+        Raises:
+            InputError: lists every argument that is out of range or of the wrong shape.
+        """
+        return self.decode(
+            input_ids,
+            attention_mask,
+            position_ids,
+            inputs_embeds,
+            past_key_values,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+            unknown,
+        )
+
+
+class FlaxOPTForCausalLM(GenerationMixin, FlaxOPTPreTrainedModel):
+    """The language model: next-token logits from the word embeddings, or from `lm_head` where it is not tied."""
+
+    task = "causal-lm"
+
+    def __init__(
+        self,
+        config: OPTConfig,
+        *,
+        rngs: nnx.Rngs | None = None,
+        attn_implementation: str = "sdpa",
+        dtype=jnp.float32,
+    ):
+        super().__init__(config, attn_implementation=attn_implementation)
+        rngs = rngs or nnx.Rngs(0)
+        self.model = FlaxOPTModel(config, rngs=rngs, attn_implementation=attn_implementation, dtype=dtype)
+        start = dict(bias=False, init_std=config.init_std, rngs=rngs, dtype=dtype)
+        tied = config.tie_word_embeddings  # then the word embeddings are the head
+        self.lm_head = None if tied else Linear(config.word_embed_proj_dim, config.vocab_size, **start)
+
+    def get_output_embeddings(self) -> Linear | Embedding:
+        return self.get_input_embeddings() if self.lm_head is None else self.lm_head
+
+    def tie_weights(self) -> None:
+        """Nothing to do: a tied head has no weight of its own."""
+
+    def head(self, hidden_BTE: Array) -> Array:
+        """Next-token logits [..., V]."""
+        return linear(hidden_BTE, self.get_output_embeddings().weight.get_value())
+
+    def __call__(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        inputs_embeds=None,
+        labels=None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int = 0,
+        **unknown,
+    ) -> CausalLMOutput:
+        """Logits [B, T, V], or of the last `logits_to_keep` tokens; the loss where `labels` [B, T] are given.
+
+        Token t predicts label t + 1; labels of -100 and predictions made at padding are not counted.
+        """
+        out = self.decode(
+            input_ids,
+            attention_mask,
+            position_ids,
+            inputs_embeds,
+            past_key_values,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+            unknown,
+            logits_to_keep,
+        )
+        hidden_BTE = out.last_hidden_state
+        labels = as_index(labels)
+        if labels is not None:
+            check_labels("labels", known(labels), hidden_BTE.shape[:2], self.config.vocab_size)
+        if logits_to_keep and labels is None:
+            hidden_BTE = hidden_BTE[:, -logits_to_keep:]
+        logits_BTV = self.head(hidden_BTE)
+        loss = None
+        if labels is not None:
+            mask_BT = self.current_mask(attention_mask, hidden_BTE.shape[1])
+            loss = losses.causal_lm_loss(logits_BTV, labels, mask_BT)
+            logits_BTV = logits_BTV[:, -logits_to_keep:]
+        return CausalLMOutput(loss, logits_BTV, out.past_key_values, out.hidden_states, out.attentions)
+
+
+class FlaxOPTForSequenceClassification(FlaxOPTPreTrainedModel):
+    """Label logits from the last real token of each row; regression, single- or multi-label by `problem_type`."""
+
+    task = "sequence-classification"
+
+    def __init__(
+        self,
+        config: OPTConfig,
+        *,
+        rngs: nnx.Rngs | None = None,
+        attn_implementation: str = "sdpa",
+        dtype=jnp.float32,
+    ):
+        super().__init__(config, attn_implementation=attn_implementation)
+        rngs = rngs or nnx.Rngs(0)
+        self.model = FlaxOPTModel(config, rngs=rngs, attn_implementation=attn_implementation, dtype=dtype)
+        start = dict(bias=False, init_std=config.init_std, rngs=rngs, dtype=dtype)
+        self.score = Linear(config.word_embed_proj_dim, config.num_labels, **start)
+
+    def __call__(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        inputs_embeds=None,
+        labels=None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **unknown,
+    ) -> SequenceClassifierOutput:
+        """Logits [B, K]; the loss where `labels` are given: [B] classes, [B] or [B, K] numbers, or [B, K] of 0 and 1.
+
+        The last real token is found by `attention_mask`, without one by `pad_token_id`.
+        """
+        out = self.decode(
+            input_ids,
+            attention_mask,
+            position_ids,
+            inputs_embeds,
+            past_key_values,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+            unknown,
+        )
+        hidden_BTE = out.last_hidden_state
+        mask_BT = self.current_mask(attention_mask, hidden_BTE.shape[1])
+        if mask_BT is None and input_ids is not None and self.config.pad_token_id is not None:
+            mask_BT = as_index(input_ids) != self.config.pad_token_id
+        logits_BK = self.score(pool_last_token(hidden_BTE, mask_BT))
+        loss = None
+        if labels is not None:
+            loss = self.loss(logits_BK, as_tensor(labels))
+        return SequenceClassifierOutput(loss, logits_BK, out.past_key_values, out.hidden_states, out.attentions)
+
+    def loss(self, logits_BK: Array, labels: Array) -> Array:
+        (B, K), problem_type = logits_BK.shape, self.config.problem_type_of(known(labels, values=False).dtype)
+        if problem_type == "single_label_classification":
+            labels = as_index(labels.reshape(-1))
+            check_labels("labels", known(labels), (B,), K)
+        else:
+            shape = (B,) if problem_type == "regression" and K == 1 and labels.ndim == 1 else (B, K)
+            check_labels("labels", known(labels), shape, None)
+        return losses.classification_loss(logits_BK, labels, problem_type)
+
+
+class FlaxOPTForQuestionAnswering(FlaxOPTPreTrainedModel):
+    """Logits for the first and the last token of an answer in the text."""
+
+    task = "question-answering"
+
+    def __init__(
+        self,
+        config: OPTConfig,
+        *,
+        rngs: nnx.Rngs | None = None,
+        attn_implementation: str = "sdpa",
+        dtype=jnp.float32,
+    ):
+        super().__init__(config, attn_implementation=attn_implementation)
+        rngs = rngs or nnx.Rngs(0)
+        self.model = FlaxOPTModel(config, rngs=rngs, attn_implementation=attn_implementation, dtype=dtype)
+        start = dict(bias=True, init_std=config.init_std, rngs=rngs, dtype=dtype)
+        self.qa_outputs = Linear(config.word_embed_proj_dim, 2, **start)
+
+    def __call__(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        inputs_embeds=None,
+        start_positions=None,
+        end_positions=None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **unknown,
+    ) -> QuestionAnsweringOutput:
+        """Start and end logits [B, T]; the loss where `start_positions` and `end_positions` [B] are given.
+
+        A position of -100, or one beyond the sequence (a truncated answer), is not counted.
+        """
+        out = self.decode(
+            input_ids,
+            attention_mask,
+            position_ids,
+            inputs_embeds,
+            past_key_values,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+            unknown,
+        )
+        hidden_BTE = out.last_hidden_state
+        mask_BT = self.current_mask(attention_mask, hidden_BTE.shape[1])
+        logits_BT2 = self.qa_outputs(hidden_BTE)
+        if mask_BT is not None:
+            logits_BT2 = jnp.where(mask_BT[..., None] != 0, logits_BT2, 0)
+        start_BT, end_BT = logits_BT2[..., 0], logits_BT2[..., 1]
+        loss = self.loss(start_BT, end_BT, start_positions, end_positions, mask_BT)
+        return QuestionAnsweringOutput(loss, start_BT, end_BT, out.past_key_values, out.hidden_states, out.attentions)
+
+    def loss(self, start_BT: Array, end_BT: Array, starts_B, ends_B, mask_BT: Array | None) -> Array | None:
+        if starts_B is None and ends_B is None:
+            return None
+        if starts_B is None or ends_B is None:
+            raise InputError("invalid arguments", ["start_positions, end_positions: expected both or neither, got one"])
+        starts_B, ends_B = as_index(starts_B).reshape(-1), as_index(ends_B).reshape(-1)
+        for name, positions_B in (("start_positions", starts_B), ("end_positions", ends_B)):
+            check_labels(name, known(positions_B), start_BT.shape[:1], np.iinfo(np.int64).max)
+        return losses.question_answering_loss(start_BT, end_BT, starts_B, ends_B, mask_BT)
+
+
+def pool_last_token(hidden_BTE: Array, mask_BT: Array | None) -> Array:
+    """The hidden state [B, E] of the last real token of each row; zero for a row without one."""
+    if mask_BT is None:
+        return hidden_BTE[:, -1]
+    columns_BT = jnp.arange(hidden_BTE.shape[1]) * (mask_BT != 0)
+    pooled_BE = jnp.take_along_axis(hidden_BTE, columns_BT.argmax(1)[:, None, None], 1)[:, 0]
+    return jnp.where((mask_BT != 0).any(1, keepdims=True), pooled_BE, 0)

@@ -1,0 +1,58 @@
+"""Left-packing of the real tokens, JAX: it makes the causal flag the only mask that a kernel needs.
+
+A stable sort puts the real tokens of a row first. Their order, and so their positions, stay as they were; padding
+follows them, where no real query looks. This holds for left padding, right padding and holes alike.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+class Packing(NamedTuple):
+    order_BT: Array  # packed column -> column
+    inverse_BT: Array  # column -> packed column
+    real_BT: Array  # True: a real token, before packing
+    lengths_B: Array  # real tokens of each row
+
+
+@jax.jit
+def make_packing(attention_mask: Array) -> Packing:
+    """Orders the columns of a [B, T] mask (nonzero: a real token) so that real tokens come first."""
+    real_BT = attention_mask != 0
+    order_BT = jnp.argsort(~real_BT, axis=1, stable=True)
+    return Packing(order_BT, jnp.argsort(order_BT, axis=1), real_BT, real_BT.sum(1, dtype=jnp.int32))
+
+
+@jax.jit
+def pack(x_BTD: Array, packing: Packing | None) -> Array:
+    """Moves the real tokens of each row to its left; the identity without padding."""
+    if packing is None:
+        return x_BTD
+    return _take_columns(x_BTD, packing.order_BT)
+
+
+@jax.jit
+def unpack(x_BTD: Array, packing: Packing | None) -> Array:
+    """Moves every token back to its column; the rows of padding become zero."""
+    if packing is None:
+        return x_BTD
+    return jnp.where(packing.real_BT[..., None], _take_columns(x_BTD, packing.inverse_BT), 0)
+
+
+@functools.partial(jax.jit, static_argnames="keys_too")
+def unpack_attentions(weights_BNTS: Array, packing: Packing | None, *, keys_too: bool) -> Array:
+    """Moves the queries back to their columns, and the keys too where they are tokens of this call, not cache slots."""
+    if packing is None:
+        return weights_BNTS
+    weights_BNTS = jnp.take_along_axis(weights_BNTS, packing.inverse_BT[:, None, :, None], 2)
+    if keys_too:
+        weights_BNTS = jnp.take_along_axis(weights_BNTS, packing.inverse_BT[:, None, None, :], 3)
+    return jnp.where(packing.real_BT[:, None, :, None], weights_BNTS, 0)
+
+
+def _take_columns(x_BTD: Array, columns_BT: Array) -> Array:
+    return jnp.take_along_axis(x_BTD, columns_BT[..., None], 1)

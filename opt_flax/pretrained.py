@@ -1,0 +1,165 @@
+"""What the published classes share, Flax NNX: the checked call, embeddings, cache, loading."""
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from opt_core.checks import ATTENTION_IMPLEMENTATIONS, arguments_of, check_choice, check_inputs, check_keywords
+from opt_core.config import OPTConfig
+from opt_core.outputs import BaseModelOutput
+from opt_flax.cache import Cache, init_cache
+from opt_flax.decoder import Decoder, StaticConfig
+from opt_flax.inputs import as_index, as_tensor, known, known_cache
+from opt_flax.layers import Embedding, Linear
+from opt_flax.loading import LoadingMixin
+
+
+class FlaxOPTPreTrainedModel(LoadingMixin, nnx.Module):
+    """What the four classes share. `task` is the name that the weight schema gives to the class."""
+
+    task: ClassVar[str]
+
+    def __init__(self, config: OPTConfig, *, attn_implementation: str = "sdpa"):
+        config.check()
+        check_choice("attn_implementation", attn_implementation, ATTENTION_IMPLEMENTATIONS)
+        self.static_config = StaticConfig(config)
+        self.attn_implementation = attn_implementation
+
+    @property
+    def config(self) -> OPTConfig:
+        return self.static_config.config
+
+    @property
+    def training(self) -> bool:
+        """Whether dropout is on: so it is in a new model; `train()` and `eval()` of NNX change it."""
+        return not self.base_model.decoder.layer_drop.deterministic
+
+    @property
+    def base_model(self) -> "FlaxOPTPreTrainedModel":
+        return self.model
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.get_input_embeddings().weight.dtype
+
+    @property
+    def device(self) -> jax.Device:
+        return next(iter(self.get_input_embeddings().weight.get_value().devices()))
+
+    def set_attn_implementation(self, attn_implementation: str) -> None:
+        check_choice("attn_implementation", attn_implementation, ATTENTION_IMPLEMENTATIONS)
+        self.attn_implementation = attn_implementation
+        for layer in self.base_model.decoder.layers:
+            layer.self_attn.attn_implementation = attn_implementation
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        """The number of parameters, a tied head counted once; NNX marks none as not trainable."""
+        return sum(p.size for p in jax.tree.leaves(nnx.state(self, nnx.Param)))
+
+    def init_cache(self, batch_size: int, capacity: int) -> Cache:
+        """An empty cache for `past_key_values`, for `batch_size` rows of up to `capacity` tokens."""
+        return init_cache(self.config, batch_size, capacity, dtype=self.dtype, device=self.device)
+
+    # -- embeddings ---------------------------------------------------------------------------------------------------
+
+    def get_input_embeddings(self) -> Embedding:
+        return self.base_model.decoder.embed_tokens
+
+    def set_input_embeddings(self, embeddings: Embedding) -> None:
+        self.base_model.decoder.embed_tokens = embeddings
+        self.tie_weights()
+
+    def get_output_embeddings(self) -> Linear | None:
+        return None
+
+    def get_decoder(self) -> Decoder:
+        return self.base_model.decoder
+
+    def tie_weights(self) -> None:
+        """Makes the head share the word embeddings again; nothing to do for a class without one."""
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int, pad_to_multiple_of: int | None = None, rngs: nnx.Rngs | None = None
+    ) -> Embedding:
+        """Keeps the first rows of the word embeddings (and of an untied head); new rows start as in a new model."""
+        if pad_to_multiple_of:
+            new_num_tokens = -(-new_num_tokens // pad_to_multiple_of) * pad_to_multiple_of
+        config = self.config.replace(vocab_size=new_num_tokens)
+        old = self.get_input_embeddings()
+        start = dict(init_std=config.init_std, rngs=rngs or nnx.Rngs(0), dtype=self.dtype)
+        new = Embedding(new_num_tokens, config.word_embed_proj_dim, **start)
+        self.base_model.decoder.embed_tokens = _with_rows_of(old, new)
+        head = self.get_output_embeddings()
+        if head is not None and not config.tie_word_embeddings:
+            self.lm_head = _with_rows_of(head, Linear(config.word_embed_proj_dim, new_num_tokens, bias=False, **start))
+        self.config.vocab_size = new_num_tokens
+        self.tie_weights()
+        return self.get_input_embeddings()
+
+    # -- the call -----------------------------------------------------------------------------------------------------
+
+    def check_inputs(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        inputs_embeds=None,
+        past_key_values: Cache | None = None,
+        logits_to_keep: int = 0,
+    ) -> None:
+        """Raises one InputError with everything wrong; to call before a compiled function, which sees no values."""
+        check_inputs(
+            self.config,
+            input_ids=known(input_ids),
+            attention_mask=known(attention_mask),
+            position_ids=known(position_ids),
+            inputs_embeds=known(inputs_embeds, values=False),
+            cache=known_cache(past_key_values),
+            logits_to_keep=logits_to_keep,
+        )
+
+    def decode(
+        self,
+        input_ids,
+        attention_mask,
+        position_ids,
+        inputs_embeds,
+        past_key_values: Cache | None,
+        use_cache: bool | None,
+        output_attentions: bool | None,
+        output_hidden_states: bool | None,
+        unknown: Iterable[str],
+        logits_to_keep: int = 0,
+    ) -> BaseModelOutput:
+        """Takes defaults from the config, checks everything, and runs the decoder."""
+        config = self.config
+        check_keywords(unknown, arguments_of(self.__call__))
+        self.check_inputs(input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, logits_to_keep)
+        attention_mask = as_tensor(attention_mask)
+        if attention_mask is not None and not isinstance(attention_mask, jax.core.Tracer) and attention_mask.all():
+            attention_mask = None  # nothing to pack, and no mask where none is needed
+        return self.base_model.decoder(
+            as_index(input_ids),
+            attention_mask,
+            as_index(position_ids),
+            as_tensor(inputs_embeds, self.dtype),
+            past_key_values,
+            config.use_cache and not self.training if use_cache is None else use_cache,
+            config.output_attentions if output_attentions is None else output_attentions,
+            config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+        )
+
+    def current_mask(self, attention_mask, tokens: int) -> Array | None:
+        """The columns of a mask that belong to the tokens of this call."""
+        attention_mask = as_tensor(attention_mask)
+        return None if attention_mask is None else attention_mask[:, -tokens:]
+
+
+def _with_rows_of(old: Embedding | Linear, new: Embedding | Linear) -> Embedding | Linear:
+    rows = min(old.weight.shape[0], new.weight.shape[0])
+    new.weight = nnx.Param(new.weight.get_value().at[:rows].set(old.weight.get_value()[:rows]))
+    return new
