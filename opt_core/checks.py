@@ -198,15 +198,16 @@ def check_labels(name: str, labels: Known, shape: Sequence[int | None], classes:
 
 def arguments_of(function: Callable) -> tuple[str, ...]:
     """The names of the arguments of `function` that a caller may give by keyword."""
-    named = (p for p in inspect.signature(function).parameters.values() if p.kind != p.VAR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    named = (p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
     return tuple(p.name for p in named if p.name != "self")
 
 
 def check_keywords(unknown: Iterable[str], known: Iterable[str]) -> None:
     """Raises a KeywordError that lists the `unknown` keywords, each with the `known` one it may have meant."""
-    problems = []
+    problems, known = [], tuple(known)
     for name in unknown:
-        close = difflib.get_close_matches(name, tuple(known), n=1)
+        close = difflib.get_close_matches(name, known, n=1)
         problems.append(f"{name}: unknown keyword" + (f"; did you mean {close[0]}?" if close else ""))
     raise_if(KeywordError, "invalid arguments", problems)
 

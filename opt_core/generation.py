@@ -62,30 +62,43 @@ def plan_generation(
 
     Raises:
         KeywordError: an option that does not exist.
-        InputError: everything else, all at once; nothing has been computed by then.
+        InputError: everything else, all at once (lengths once the prompt is right); nothing has been computed by then.
     """
     known_options = (*GREEDY_OPTIONS, *arguments_of(plan_generation))
     check_keywords([name for name in options if name not in GREEDY_OPTIONS], known_options)
-    problems = [
-        f"{name}: only greedy search is supported, expected {GREEDY_OPTIONS[name]!r}, got {value!r}"
-        for name, value in options.items()
-        if value is not None and value != GREEDY_OPTIONS[name]
-    ]
     if input_ids is None and config.bos_token_id is not None:
         input_ids = Known((1, 1), "int64", np.array([[config.bos_token_id]]))
-    check_inputs(config, input_ids=input_ids, attention_mask=attention_mask)
     eos = config.eos_token_ids if eos_token_id is None else tuple(np.atleast_1d(eos_token_id).tolist())
     pad = _first_of(pad_token_id, config.pad_token_id, *eos, 0)
+    problems = [*_option_problems(options), *_id_problems(config, eos_token_id=eos, pad_token_id=(pad,))]
+    try:
+        check_inputs(config, input_ids=input_ids, attention_mask=attention_mask)
+    except InputError as error:  # what follows reads the prompt
+        raise InputError("generate", [*error.problems, *problems]) from None
     ids = np.asarray(input_ids.values).astype(np.int64)
     real = _real_tokens(ids, attention_mask, pad, eos)
     problems += [f"attention_mask: row {row} has no real token" for row in np.flatnonzero(~real.any(1))]
     length, more_problems = _new_tokens(config, real, max_new_tokens, max_length)
     problems += more_problems
-    for name, token_ids in (("eos_token_id", eos), ("pad_token_id", (pad,))):
-        wrong = [i for i in token_ids if not 0 <= i < config.vocab_size]
-        problems += [f"{name}: expected an id from 0 to {config.vocab_size - 1}, got {i}" for i in wrong]
     raise_if(InputError, "generate", problems)
     return GenerationPlan(ids, real, length, eos, pad)
+
+
+def _option_problems(options: dict[str, Any]) -> list[str]:
+    return [
+        f"{name}: only greedy search is supported, expected {GREEDY_OPTIONS[name]!r}, got {value!r}"
+        for name, value in options.items()
+        if value is not None and value != GREEDY_OPTIONS[name]
+    ]
+
+
+def _id_problems(config: OPTConfig, **ids: tuple) -> list[str]:
+    return [
+        f"{name}: expected an id from 0 to {config.vocab_size - 1}, got {i!r}"
+        for name, token_ids in ids.items()
+        for i in token_ids
+        if not isinstance(i, (int, np.integer)) or not 0 <= i < config.vocab_size
+    ]
 
 
 def _real_tokens(ids: np.ndarray, attention_mask: Known | None, pad: int, eos: tuple[int, ...]) -> np.ndarray:

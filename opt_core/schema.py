@@ -162,8 +162,8 @@ def check_shapes(
         source: the file or folder, for the message.
         may_lack: names that may be absent.
     """
-    expected = shapes(config, task)
-    missing = [name for name in expected if name not in found and name not in set(may_lack)]
+    expected, may_lack = shapes(config, task), set(may_lack)
+    missing = [name for name in expected if name not in found and name not in may_lack]
     problems = [f"{name}: missing, expected {_text(expected[name])}" for name in missing]
     problems += [f"{name}: unexpected, got {_text(shape)}" for name, shape in found.items() if name not in expected]
     problems += [
