@@ -1,7 +1,7 @@
 """The three backends behind one set of calls: NumPy in, float64 NumPy out. Frameworks are imported only when loaded.
 
-Not a backend itself and no place for arithmetic: what differs between the frameworks here is the names of the classes and
-how an array becomes NumPy's.
+Not a backend itself and no place for arithmetic: what differs between the frameworks here is the names of the classes,
+and how an array becomes NumPy's.
 """
 
 import importlib
@@ -36,7 +36,8 @@ class LoadedModel:
             input_ids, attention_mask=attention_mask, labels=labels, output_hidden_states=True, use_cache=False
         )
         hidden_states = tuple(self._float64(x) for x in out.hidden_states)
-        return Outputs(self._float64(out.logits), hidden_states, None if labels is None else float(out.loss))
+        loss = None if labels is None else float(self._float64(out.loss))
+        return Outputs(self._float64(out.logits), hidden_states, loss)
 
     def generate(self, input_ids, attention_mask=None, max_new_tokens: int = 20) -> np.ndarray:
         """Greedy token ids [B, T + n], prompt included."""
@@ -56,17 +57,22 @@ class Backend(NamedTuple):
     frameworks: tuple[str, ...]  # modules that must be importable
     to_numpy: Callable[[Any], np.ndarray]
     use_full_float32: Callable[[], None]  # no TF32 in matrix products, for the whole process
+    freeze: Callable[[Any], Any] = lambda model: model  # no bookkeeping for gradients
 
     def load(self, source, *, dtype: str | None = None, attn_implementation: str = "sdpa", **options) -> LoadedModel:
         """Loads a checkpoint in evaluation mode; arguments as in `from_pretrained`."""
         model_class = getattr(importlib.import_module(self.package), self.causal_lm)
         model = model_class.from_pretrained(source, dtype=dtype, attn_implementation=attn_implementation, **options)
-        return LoadedModel(model, self.to_numpy)
+        return LoadedModel(self.freeze(model), self.to_numpy)
 
     @property
     def versions(self) -> dict[str, str]:
         """Version of each framework package."""
         return {name: importlib.metadata.version(name) for name in self.frameworks}
+
+
+def _freeze_torch(model):
+    return model.requires_grad_(False)
 
 
 def _torch_to_numpy(tensor) -> np.ndarray:
@@ -89,7 +95,15 @@ def _use_full_float32_in_jax() -> None:
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("torch", "opt_torch", "OPTForCausalLM", ("torch",), _torch_to_numpy, _use_full_float32_in_torch),
+        Backend(
+            "torch",
+            "opt_torch",
+            "OPTForCausalLM",
+            ("torch",),
+            _torch_to_numpy,
+            _use_full_float32_in_torch,
+            _freeze_torch,
+        ),
         Backend("tf", "opt_tf", "TFOPTForCausalLM", ("tensorflow", "keras"), np.asarray, _use_full_float32_in_tf),
         Backend("flax", "opt_flax", "FlaxOPTForCausalLM", ("jax", "flax"), np.asarray, _use_full_float32_in_jax),
     )

@@ -1,4 +1,4 @@
-"""The trained checkpoints that come with the package, by name: folders in the published layout, with tokenizer and card."""
+"""The trained checkpoints that come with the package, by name: folders with config, weights, tokenizer and card."""
 
 from pathlib import Path
 

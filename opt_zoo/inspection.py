@@ -1,0 +1,98 @@
+"""`opt-zoo inspect`: what a checkpoint holds, from its headers and config alone; no weight is read."""
+
+import argparse
+import math
+from collections import Counter
+from typing import Any
+
+from rich.table import Table
+
+from conversion import Checkpoint, open_checkpoint, resolve
+from conversion.stored import DTYPES
+from opt_core.errors import CheckpointError
+from opt_zoo.console import print_json, stdout_console
+from opt_zoo.sources import add_source, display_name, find_source
+
+SUMMARY = "show what a checkpoint holds"
+DESCRIPTION = """Shows the config, the class, the format, dtypes and sizes of a checkpoint, and whether its tensors are
+those that its config asks for. Exit code 2 where they are not."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_source(parser)
+    parser.add_argument("--tensors", action="store_true", help="list every tensor")
+    parser.add_argument("--json", action="store_true", help="print JSON, with every tensor")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the description; returns 0 for a whole checkpoint, 2 for one that does not fit its config."""
+    source = find_source(args.source, args.model)
+    with open_checkpoint(resolve(source)) as checkpoint:
+        description = describe(checkpoint, display_name(source))
+    if args.json:
+        print_json(description)
+    else:
+        print_description(description, with_tensors=args.tensors)
+    return 2 if description["problems"] else 0
+
+
+def describe(checkpoint: Checkpoint, source: str) -> dict[str, Any]:
+    """Everything that headers and config say, as JSON data."""
+    tensors = [
+        dict(name=name, shape=list(shape), dtype=checkpoint.dtypes[name]) for name, shape in checkpoint.shapes.items()
+    ]
+    return {
+        "source": source,
+        "format": checkpoint.format,
+        "task": checkpoint.task,
+        "parameters": sum(math.prod(tensor["shape"]) for tensor in tensors),
+        "bytes": sum(math.prod(t["shape"]) * DTYPES[t["dtype"]].itemsize for t in tensors),
+        "dtypes": dict(Counter(checkpoint.dtypes.values())),
+        "config": checkpoint.config.to_dict(),
+        "unknown_config_fields": sorted(checkpoint.config.extra),
+        "problems": _problems(checkpoint),
+        "tensors": tensors,
+    }
+
+
+def _problems(checkpoint: Checkpoint) -> list[str]:
+    try:
+        checkpoint.check()
+    except CheckpointError as error:
+        return list(error.problems)
+    return []
+
+
+def print_description(description: dict[str, Any], *, with_tensors: bool = False) -> None:
+    """The description as text."""
+    console = stdout_console()
+    table = Table(show_header=False, box=None)
+    for name, value in _lines(description).items():
+        table.add_row(name, value)
+    console.print(table)
+    if with_tensors:
+        listing = Table("tensor", "shape", "dtype")
+        for tensor in description["tensors"]:
+            listing.add_row(tensor["name"], " x ".join(map(str, tensor["shape"])), tensor["dtype"])
+        console.print(listing)
+    for problem in description["problems"]:
+        console.print(f"problem: {problem}", style="red", markup=False)
+
+
+def _lines(description: dict[str, Any]) -> dict[str, str]:
+    config = description["config"]
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in description["dtypes"].items())
+    norm = "pre-norm" if config["do_layer_norm_before"] else "post-norm"
+    width, embed, heads = config["hidden_size"], config["word_embed_proj_dim"], config["num_attention_heads"]
+    projections = f", word embeddings of {embed} projected" if embed != width else ""
+    return {
+        "source": description["source"],
+        "format": description["format"],
+        "class": description["task"],
+        "parameters": f"{description['parameters']:,}",
+        "weights": f"{description['bytes']:,} bytes in {len(description['tensors'])} tensors ({dtypes})",
+        "layers": f"{config['num_hidden_layers']} of width {width}, {heads} heads, {norm}{projections}",
+        "vocabulary": f"{config['vocab_size']:,} tokens, {config['max_position_embeddings']:,} positions",
+        "unknown config": ", ".join(description["unknown_config_fields"]) or "none",
+        "tensors fit the config": "no" if description["problems"] else "yes",
+    }

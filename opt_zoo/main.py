@@ -1,0 +1,49 @@
+"""The command `opt-zoo`: its subcommands, its exit codes, and one clear line for what went wrong."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from opt_core.errors import MissingFrameworkError, ProblemsError
+from opt_zoo.console import stderr_console
+from opt_zoo.environment import package_version
+
+COMMANDS = {"inspect": "inspection", "convert": "converting", "parity": "parity", "generate": "generating"}
+OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+EXIT_CODES = "exit codes: 0 done, 1 parity failed, 2 wrong usage, bad input or a missing framework, 130 interrupted"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit code; prints expected errors without a traceback."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow's greetings on stderr
+    args = build_parser().parse_args(arguments)
+    try:
+        return args.run(args)
+    except (ProblemsError, MissingFrameworkError, OSError) as error:
+        stderr_console().print(f"opt-zoo {args.command}: error: {error}", style="red", markup=False)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """One subparser for each command, built by the module of the command."""
+    parser = argparse.ArgumentParser(
+        prog="opt-zoo", description="OPT language models in PyTorch, TensorFlow and JAX/Flax.", epilog=EXIT_CODES
+    )
+    parser.add_argument("--version", action="version", version=f"opt-zoo {package_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module_name in COMMANDS.items():
+        module = importlib.import_module(f"opt_zoo.{module_name}")
+        command = commands.add_parser(
+            name, help=module.SUMMARY, description=module.DESCRIPTION, epilog=EXIT_CODES, allow_abbrev=False
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
