@@ -18,17 +18,17 @@ class Format(NamedTuple):
     suffix: str
 
     @property
-    def single(self) -> str:
+    def single_name(self) -> str:
         return f"{self.stem}{self.suffix}"
 
     @property
-    def index(self) -> str:
+    def index_name(self) -> str:
         return f"{self.stem}{self.suffix}.index.json"
 
     def owns(self, file_name: str) -> bool:
         """True for the names of files that this format writes: single, shard or index."""
         shard = rf"{re.escape(self.stem)}-\d+-of-\d+{re.escape(self.suffix)}"
-        return file_name in (self.single, self.index) or re.fullmatch(shard, file_name) is not None
+        return file_name in (self.single_name, self.index_name) or re.fullmatch(shard, file_name) is not None
 
 
 # In order of preference where a folder holds several.
@@ -53,7 +53,7 @@ def weight_files(folder: Path) -> tuple[Format, Path]:
         CheckpointError: no weights, shards without an index, or a single file beside an index.
     """
     for format in FORMATS.values():
-        single, index = folder / format.single, folder / format.index
+        single, index = folder / format.single_name, folder / format.index_name
         if single.is_file() and index.is_file():
             text = f"holds both {single.name} and {index.name}: name the one that is meant, or delete the other"
             raise CheckpointError(str(folder), [text])
@@ -63,11 +63,11 @@ def weight_files(folder: Path) -> tuple[Format, Path]:
 
 
 def _why_there_are_no_weights(folder: Path) -> list[str]:
-    names = [name for format in FORMATS.values() for name in (format.single, format.index)]
+    names = [name for format in FORMATS.values() for name in (format.single_name, format.index_name)]
     problems = [f"no weights: looked for {', '.join(names)}"]
     for format in FORMATS.values():
         if any(format.owns(path.name) for path in folder.iterdir()):
-            problems.append(f"{format.index}: missing, though shards of it are there")
+            problems.append(f"{format.index_name}: missing, though shards of it are there")
     for pattern, what in _FOREIGN_FILES.items():
         problems += [f"{path.name}: {what}" for path in sorted(folder.glob(pattern))[:3]]
     return problems

@@ -81,13 +81,13 @@ def _fetch_weights(repo_id: str, fetch: Callable[[str], Path]) -> None:
 
     tried = []
     for format in FORMATS.values():
-        for name in (format.single, format.index):
+        for name in (format.single_name, format.index_name):
             try:
                 path = fetch(name)
             except EntryNotFoundError:
                 tried.append(name)
                 continue
-            for shard in index_files(path, format.suffix) if name == format.index else ():
+            for shard in index_files(path, format.suffix) if name == format.index_name else ():
                 fetch(shard)
             return
     raise CheckpointError(
@@ -113,7 +113,7 @@ def push_folder(
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     commit = api.upload_folder(
         repo_id=repo_id,
-        folder_path=folder,
+        folder_path=Path(folder),
         commit_message=commit_message or "Upload OPT weights",
         revision=revision,
         create_pr=create_pr,

@@ -10,7 +10,7 @@ import os
 import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
 from conversion.stored import DTYPES, StoredTensor
 from opt_core.config import MAX_JSON_BYTES
@@ -141,7 +141,7 @@ class PlannedTensor(NamedTuple):
 
 
 def write_file(
-    file: BinaryIO, tensors: Iterable[PlannedTensor], write_tensor: Callable[[BinaryIO, PlannedTensor], None]
+    file: BinaryIO, tensors: Iterable[PlannedTensor], write_tensor: Callable[[IO[bytes], PlannedTensor], None]
 ) -> None:
     """Writes a header for all `tensors`, then calls `write_tensor(file, tensor)` for each, widest dtype first.
 

@@ -10,7 +10,7 @@ import io
 import math
 import pickle
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from conversion.stored import row_major_strides
 
@@ -117,12 +117,12 @@ _OPCODES = """
 # The unpickler written in Python: the one written in C allocates its memo by the largest index that a file names.
 class _Unpickler(pickle._Unpickler):
     def load_empty_dict(self):
-        self.append(_Dict())
+        self.append(_Dict())  # type: ignore[attr-defined]
 
-    dispatch = {
+    dispatch: ClassVar = {
         getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _OPCODES.split()
     }
-    dispatch[pickle.EMPTY_DICT[0]] = load_empty_dict
+    dispatch[pickle.EMPTY_DICT[0]] = load_empty_dict  # type: ignore[assignment]
 
     def find_class(self, module: str, name: str):
         try:

@@ -13,7 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from conversion import torch_pickle
 from conversion.safetensors_file import ALIGNMENT, PlannedTensor
@@ -171,7 +171,7 @@ def _stored(view: torch_pickle.View, storage_start: int) -> StoredTensor:
 
 
 def write_file(
-    file: BinaryIO, tensors: Iterable[PlannedTensor], write_tensor: Callable[[BinaryIO, PlannedTensor], None]
+    file: BinaryIO, tensors: Iterable[PlannedTensor], write_tensor: Callable[[IO[bytes], PlannedTensor], None]
 ) -> None:
     """Writes the zip, calling `write_tensor(file, tensor)` for each; `torch.load(weights_only=True)` reads it.
 

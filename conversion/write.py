@@ -10,7 +10,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -210,7 +210,7 @@ def _write_shards(
             _WRITERS[format.name](file, shard, stream.write)
     stream.check_complete(weight_map)
     if len(shards) > 1:
-        _write_index(staged.path(format.index), shards, weight_map)
+        _write_index(staged.path(format.index_name), shards, weight_map)
 
 
 def _write_index(path: Path, shards: list[list[PlannedTensor]], weight_map: dict[str, str]) -> None:
@@ -232,7 +232,7 @@ class _Stream:
         self._written: list[str] = []
         self._overflows: list[str] = []
 
-    def write(self, file: BinaryIO, tensor: PlannedTensor) -> None:
+    def write(self, file: IO[bytes], tensor: PlannedTensor) -> None:
         array = self._source.read(canonical_name(tensor.name))
         if array.shape != tensor.shape or str(array.dtype) not in DTYPES:
             text = f"expected {tensor.shape} of a float dtype, got {array.shape} of {array.dtype}"

@@ -33,5 +33,5 @@ def assert_holds(checkpoint, tensors: dict[str, np.ndarray]) -> None:
     assert set(checkpoint.shapes) == set(tensors)
     for name, expected in tensors.items():
         got = checkpoint.read(name)
-        assert got.dtype == expected.dtype and got.shape == expected.shape, name
+        assert (got.dtype, got.shape) == (expected.dtype, expected.shape), name
         assert got.tobytes() == expected.tobytes(), name
