@@ -103,8 +103,9 @@ class BatchLayout:
         cuts, pads = self.truncation != "none", self.padding != "none"
         if self.max_length is None and self.padding == "max_length":
             raise InputError("OPTTokenizer", ["max_length: expected a length for padding='max_length', got None"])
-        if self.max_length is None and cuts:
-            logger.warning("truncation without max_length, and the tokenizer has no model_max_length: nothing is cut")
+        if self.max_length is None:
+            if cuts:
+                logger.warning("truncation without max_length or the tokenizer's model_max_length: nothing is cut")
             return replace(self, truncation="none")
         if cuts and pads and self.max_length % (self.pad_to_multiple_of or 1):
             problem = f"expected a multiple of pad_to_multiple_of={self.pad_to_multiple_of}, got {self.max_length}"
@@ -145,11 +146,12 @@ class BatchLayout:
         """Length that rows are filled up to, or None where nothing is padded."""
         if self.padding == "none":
             return None
-        width = self.max_length if self.padding == "max_length" else max(lengths, default=0)
-        return -(-width // (self.pad_to_multiple_of or 1)) * (self.pad_to_multiple_of or 1)
+        width = max(lengths, default=0) if self.max_length is None or self.padding == "longest" else self.max_length
+        multiple = self.pad_to_multiple_of or 1
+        return -(-width // multiple) * multiple
 
-    def fill(self, row: list[int], filler: int, width: int | None) -> list[int]:
-        gap = [filler] * (0 if width is None else width - len(row))
+    def fill(self, row: list[int], filler: int | None, width: int | None) -> list[int]:
+        gap = [] if width is None or filler is None else [filler] * (width - len(row))
         return gap + row if self.padding_side == "left" else row + gap
 
 

@@ -109,24 +109,19 @@ class OPTTokenizer(TokensWithRoles):
         raise_if(TokenizerError, parts.source, setting_problems(settings))
         parts.backend.no_truncation()
         parts.backend.no_padding()
+        if isinstance(words := parts.backend.pre_tokenizer, ByteLevel):
+            # The slow class puts one space before the whole text, the backend before each part between special tokens.
+            parts.backend.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=words.use_regex)
         self._take_tokens(parts.backend, parts.added_tokens, settings, parts.source)
         self._extra, self._file_template = parts.extra, parts.template
         self._add_bos_token: bool | None = settings["add_bos_token"]
-        self.add_prefix_space = self._take_over_prefix_space(settings["add_prefix_space"], given)
+        self.add_prefix_space = settings["add_prefix_space"]
         self.clean_up_tokenization_spaces = settings["clean_up_tokenization_spaces"]
         self.padding_side, self.truncation_side = settings["padding_side"], settings["truncation_side"]
         limit = settings["model_max_length"]
         self.model_max_length: int | None = None if limit is None or limit > _NO_LIMIT else int(limit)
         if self._add_bos_token and self.bos_token is None:
             raise TokenizerError(parts.source, ["bos_token: expected one for add_bos_token=True, got None"])
-
-    def _take_over_prefix_space(self, wanted: bool, given: Mapping[str, Any]) -> bool:
-        """The slow class puts one space before the whole text, the backend before each part between special tokens."""
-        stage = self._backend.pre_tokenizer
-        if isinstance(stage, ByteLevel):
-            wanted = wanted or (stage.add_prefix_space and "add_prefix_space" not in given)
-            self._backend.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=stage.use_regex)
-        return wanted
 
     @property
     def add_bos_token(self) -> bool:
@@ -190,9 +185,9 @@ class OPTTokenizer(TokensWithRoles):
         rows = self._rows(text, text_pair, layout, self._template() if add_special_tokens else Template())
         encoded = encode_rows(rows, layout, self.pad_token_id, return_attention_mask=return_attention_mask)
         if return_tensors is not None:
-            encoded = {name: rows_to_array(values, return_tensors) for name, values in encoded.items()}
-        elif isinstance(text, str):
-            encoded = {name: values[0] for name, values in encoded.items()}
+            return BatchEncoding({name: rows_to_array(values, return_tensors) for name, values in encoded.items()})
+        if isinstance(text, str):
+            return BatchEncoding({name: values[0] for name, values in encoded.items()})
         return BatchEncoding(encoded)
 
     def encode(self, text: str, text_pair: str | None = None, **options):

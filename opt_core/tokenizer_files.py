@@ -171,8 +171,9 @@ def _read_tokenizer_json(path: Path) -> TokenizerParts:
 
 def _settings_in(content: Mapping[str, Any], template: Template, backend: Tokenizer) -> dict[str, Any]:
     """What a `tokenizer.json` says of settings: no role but those it shows, and BOS where its template has it."""
-    padding, first = content.get("padding") or {}, template.single[0]
+    padding, words, first = content.get("padding") or {}, content.get("pre_tokenizer") or {}, template.single[0]
     settings = {**dict.fromkeys(ROLES), "pad_token": padding.get("pad_token"), "add_bos_token": None}
+    settings["add_prefix_space"] = words.get("type") == "ByteLevel" and words["add_prefix_space"]
     settings["padding_side"] = str(padding.get("direction", "right")).lower()
     if template.single == (backend.token_to_id(OPT_ROLES["bos_token"]), "A"):
         settings |= {**OPT_ROLES, "add_bos_token": True}  # OPT's own file, which may lie there alone

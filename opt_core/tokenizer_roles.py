@@ -28,7 +28,10 @@ def _token_id_property(role: str) -> property:
     """The id of a special token, None where the role is empty. Setting it gives the role to the token of that id."""
 
     def set_id(self: "TokensWithRoles", token_id: int | None) -> None:
-        self._set_role(role, None if token_id is None else self.convert_ids_to_tokens(token_id))
+        token = None if token_id is None else self._backend.id_to_token(self._checked_ids(token_id)[0])
+        if token is None and token_id is not None:
+            raise InputError("OPTTokenizer", [f"{role}_id: expected the id of a token, got {token_id}"])
+        self._set_role(role, token)
 
     return property(lambda self: self._id_of_role(role), set_id, doc=_token_id_property.__doc__)
 
@@ -97,10 +100,9 @@ class TokensWithRoles:
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | list[int | None] | None:
         """Ids of tokens; one that is not in the vocabulary has the id of `unk_token`, or None without one."""
-        if isinstance(tokens, str):
-            token_id = self._backend.token_to_id(tokens)
-            return self.unk_token_id if token_id is None else token_id
-        return [self.convert_tokens_to_ids(token) for token in tokens]
+        ids = (self._backend.token_to_id(token) for token in ([tokens] if isinstance(tokens, str) else tokens))
+        known = [self.unk_token_id if token_id is None else token_id for token_id in ids]
+        return known[0] if isinstance(tokens, str) else known
 
     def convert_ids_to_tokens(self, ids, skip_special_tokens: bool = False) -> str | list[str | None] | None:
         """Tokens of an id or a row of ids; None for an id that only pads the embedding.

@@ -22,8 +22,9 @@ class Template:
         return cls((bos_token_id, "A"), (bos_token_id, "A", bos_token_id, "B"))
 
     def join(self, first: list[int], second: list[int] | None = None) -> list[int]:
-        pieces, texts = (self.single if second is None else self.pair), {"A": first, "B": second}
-        return [i for piece in pieces for i in texts.get(piece, [piece])]
+        texts = {"A": first, "B": second or []}
+        pieces = self.single if second is None else self.pair
+        return [i for piece in pieces for i in (texts[piece] if isinstance(piece, str) else [piece])]
 
     def special_count(self, *, pair: bool) -> int:
         return sum(not isinstance(piece, str) for piece in (self.pair if pair else self.single))
@@ -35,14 +36,14 @@ def template_of(processor: Mapping[str, Any] | None) -> Template:
     Raises:
         ValueError: a kind that is neither of these nor TemplateProcessing nor a sequence of them.
     """
-    kind = None if processor is None else processor.get("type")
+    if processor is None or processor.get("type") == "ByteLevel":
+        return Template()
+    kind = processor.get("type")
     if kind == "Sequence":
         templates = [template_of(step) for step in processor["processors"]]
         return next((template for template in templates if template != Template()), Template())
     if kind == "TemplateProcessing":
         return Template(_read_pieces(processor, "single"), _read_pieces(processor, "pair"))
-    if kind in (None, "ByteLevel"):
-        return Template()
     raise ValueError(f"post_processor: expected TemplateProcessing, ByteLevel or none, got {kind!r}")
 
 

@@ -224,6 +224,7 @@ def test_added_tokens_extend_the_vocabulary(tokenizer):
 def test_an_unknown_token_has_the_id_of_unk(tokenizer):
     assert tokenizer.convert_tokens_to_ids(["<s>", "no such token"]) == [0, 2]
     assert tokenizer.convert_ids_to_tokens(2) == "</s>"
+    assert tokenizer.convert_ids_to_tokens([2, 0, 1], skip_special_tokens=True) == ["<s>"]
 
 
 def test_a_tokenizer_can_be_copied_and_sent_to_a_process(tokenizer):
@@ -282,6 +283,8 @@ def test_padding_without_a_pad_token_is_refused(tokenizer):
 def test_a_role_needs_a_token_of_the_vocabulary(tokenizer):
     with pytest.raises(InputError, match=r"pad_token: expected an entry of the vocabulary, got '\[PAD\]'"):
         tokenizer.pad_token = "[PAD]"
+    with pytest.raises(InputError, match="pad_token_id: expected the id of a token, got 503"):
+        tokenizer.pad_token_id = 503
     assert tokenizer.pad_token == "<pad>"
     tokenizer.bos_token = None
     with pytest.raises(InputError, match="bos_token: expected one for add_bos_token=True"):

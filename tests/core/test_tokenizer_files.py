@@ -50,11 +50,15 @@ def test_each_form_of_the_saved_files_is_enough(tokenizer, tmp_path, kept, add_b
     assert same(OPTTokenizer.from_pretrained(tmp_path), tokenizer)
 
 
-def test_a_tokenizer_json_alone_is_enough(tokenizer, tmp_path):
+@pytest.mark.parametrize("add_prefix_space", [True, False])
+def test_a_tokenizer_json_alone_is_enough(vocab_folder, tmp_path, add_prefix_space):
+    tokenizer = OPTTokenizer.from_pretrained(vocab_folder, add_prefix_space=add_prefix_space)
     tokenizer.save_pretrained(tmp_path / "all")
     (tmp_path / "one").mkdir()
     shutil.copy(tmp_path / "all" / "tokenizer.json", tmp_path / "one")
     assert same(OPTTokenizer.from_pretrained(tmp_path / "one"), tokenizer)
+    write(tmp_path / "one", "tokenizer_config.json", {"add_prefix_space": False})
+    assert not OPTTokenizer.from_pretrained(tmp_path / "one").add_prefix_space
 
 
 def test_vocabulary_and_merges_can_come_from_memory(vocab_folder, tokenizer):
