@@ -40,7 +40,8 @@ class Reference:
     def __init__(self, config: OPTConfig, weights: Mapping[str, Array]):
         self.config = config
         self.weights = {name: np.asarray(weight).astype(np.float64) for name, weight in weights.items()}
-        self.activation = ACTIVATION_FUNCTIONS[config.activation_function]
+        activation = config.activation_function
+        self.activation = activation if callable(activation) else ACTIVATION_FUNCTIONS[activation]
 
     def __call__(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None) -> ReferenceOutput:
         """Runs [B, T] tokens, or [B, T, E] embeddings, through the decoder."""
