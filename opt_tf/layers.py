@@ -1,0 +1,148 @@
+"""The layers with weights, TensorFlow: published names, published (out, in) layout, published initialisation.
+
+Weights are cast to the dtype of what they meet, so that a mixed policy (float32 weights, bfloat16 products) needs no more.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
+import keras
+import tensorflow as tf
+from tensorflow import Tensor
+
+from opt_core.config import LAYER_NORM_EPS
+
+ACTIVATION_FUNCTIONS = {
+    "relu": tf.nn.relu,
+    "gelu": tf.nn.gelu,
+    "gelu_new": lambda x: tf.nn.gelu(x, approximate=True),
+    "silu": tf.nn.silu,
+}
+
+_no_values = contextvars.ContextVar("no_values", default=False)
+
+
+@contextlib.contextmanager
+def no_values() -> Iterator[None]:
+    """Weights made inside are not initialised: their memory is reserved, not touched, until they are assigned."""
+    token = _no_values.set(True)
+    try:
+        yield
+    finally:
+        _no_values.reset(token)
+
+
+class Module(keras.layers.Layer):
+    """A Keras layer, complete when constructed, whose call is a plain function call.
+
+    Keras tracks its weights; building, casting and mask propagation around the call are left out.
+    """
+
+    def __init__(self, dtype=None):
+        super().__init__(dtype=dtype, autocast=False)
+        self.built = True
+
+    def __call__(self, *args, **kwargs):
+        return self.call(*args, **kwargs)
+
+    def add_parameter(self, name: str, *shape: int) -> keras.Variable:
+        """An uninitialised weight."""
+        empty = lambda shape, dtype: tf.raw_ops.Empty(shape=shape, dtype=dtype)  # noqa: E731
+        return self.add_weight(name=name, shape=shape, initializer=empty, autocast=False)
+
+
+class Linear(Module):
+    """x W^T + b with `weight` [out, in]; weights start normal with `init_std`, biases at zero."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, init_std: float, dtype=None):
+        super().__init__(dtype)
+        self.init_std = init_std
+        self.weight = self.add_parameter("weight", out_features, in_features)
+        self.bias = self.add_parameter("bias", out_features) if bias else None
+        if not _no_values.get():
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.weight.assign(tf.random.normal(self.weight.shape, stddev=self.init_std, dtype=self.weight.dtype))
+        if self.bias is not None:
+            self.bias.assign(tf.zeros_like(self.bias))
+
+    def call(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class Embedding(Module):
+    """Rows of `weight` [num_embeddings, width]; they start normal with `init_std`, that of `zero_row` at zero."""
+
+    def __init__(self, num_embeddings: int, width: int, *, init_std: float, zero_row: int | None = None, dtype=None):
+        super().__init__(dtype)
+        self.init_std, self.zero_row = init_std, zero_row
+        self.weight = self.add_parameter("weight", num_embeddings, width)
+        if not _no_values.get():
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        rows = tf.random.normal(self.weight.shape, stddev=self.init_std, dtype=self.weight.dtype)
+        if self.zero_row is not None:
+            rows = tf.tensor_scatter_nd_update(rows, [[self.zero_row]], tf.zeros_like(rows[:1]))
+        self.weight.assign(rows)
+
+    def call(self, index: Tensor) -> Tensor:
+        rows = tf.cast(tf.gather(self.weight.value, index), self.compute_dtype)
+        if tf.executing_eagerly():
+            return rows
+        # XLA clamps an index out of range; NaN is what a compiled function can answer in place of an error.
+        in_range = (index >= 0) & (index < self.weight.shape[0])
+        return tf.where(in_range[..., None], rows, tf.constant(float("nan"), rows.dtype))
+
+
+class LayerNorm(Module):
+    """(x - mean) / sqrt(variance + 1e-5) * weight + bias over the last dimension, in float32 at least inside."""
+
+    def __init__(self, width: int, *, affine: bool, dtype=None):
+        super().__init__(dtype)
+        self.weight = self.add_parameter("weight", width) if affine else None
+        self.bias = self.add_parameter("bias", width) if affine else None
+        if not _no_values.get():
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.weight is not None:
+            self.weight.assign(tf.ones_like(self.weight))
+            self.bias.assign(tf.zeros_like(self.bias))
+
+    def call(self, x: Tensor) -> Tensor:
+        wide = at_least_float32(x)
+        centred = wide - tf.reduce_mean(wide, axis=-1, keepdims=True)
+        variance = tf.reduce_mean(tf.square(centred), axis=-1, keepdims=True)
+        wide = centred * tf.math.rsqrt(variance + LAYER_NORM_EPS)
+        if self.weight is not None:
+            wide = wide * tf.cast(self.weight, wide.dtype) + tf.cast(self.bias, wide.dtype)
+        return tf.cast(wide, x.dtype)
+
+
+def linear(x: Tensor, weight: keras.Variable, bias: keras.Variable | None = None) -> Tensor:
+    """x W^T + b in the dtype of `x`; leading dimensions are joined, since TensorFlow broadcasts W otherwise."""
+    out_features, in_features = weight.shape
+    rows = tf.matmul(tf.reshape(x, [-1, in_features]), tf.cast(weight, x.dtype), transpose_b=True)
+    if bias is not None:
+        rows = tf.nn.bias_add(rows, tf.cast(bias, x.dtype))
+    return tf.reshape(rows, [*dims(x)[:-1], out_features])
+
+
+def drop_values(x: Tensor, rate: float) -> Tensor:
+    """Zeroes each value with probability `rate` and scales the others by 1 / (1 - rate)."""
+    if rate in (0, 1):  # TensorFlow refuses 1
+        return x if rate == 0 else tf.zeros_like(x)
+    return tf.nn.dropout(x, rate)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == tf.float64 else tf.cast(x, tf.float32)
+
+
+def dims(x: Tensor) -> list[int | Tensor]:
+    """The sizes of `x`: integers where a traced function knows them, scalar tensors where it does not."""
+    dynamic = None if x.shape.is_fully_defined() else tf.shape(x)
+    return [dynamic[i] if size is None else size for i, size in enumerate(x.shape)]

@@ -1,0 +1,126 @@
+"""`from_pretrained` and `save_pretrained`, TensorFlow."""
+
+import tempfile
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from conversion import push_folder, write_checkpoint
+from conversion.pretrained import Pretrained, open_pretrained
+from opt_core.config import OPTConfig
+from opt_core.schema import published_name, shapes
+from opt_tf.layers import Module, no_values
+
+
+class LoadingMixin:
+    """Reading and writing checkpoints, for a model with `config` and `task`."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source,
+        *,
+        config: OPTConfig | None = None,
+        dtype=None,
+        torch_dtype=None,
+        attn_implementation: str = "sdpa",
+        revision: str | None = None,
+        cache_dir=None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        token=None,
+        subfolder: str | None = None,
+        device=None,
+        output_loading_info: bool = False,
+        **overrides,
+    ):
+        """Loads a folder, a weight file or a hub id.
+
+        Weights are memory-mapped and copied once, into the model's variables.
+
+        Args:
+            dtype: None for float32, "auto" for the stored one, or a dtype or its name. `torch_dtype` is an alias.
+            device: where the variables go, e.g. "/GPU:1"; by default where TensorFlow puts them.
+            output_loading_info: also return which weights the checkpoint lacked or had in excess.
+            overrides: fields of the config, e.g. `num_labels=3`.
+
+        Raises:
+            ConfigError, CheckpointError, InputError: everything wrong with the files or arguments; nothing is loaded.
+        """
+        pretrained = open_pretrained(
+            source,
+            cls.task,
+            config=config,
+            overrides=overrides,
+            dtype=name_of(dtype if dtype is not None else torch_dtype),
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+            token=token,
+            subfolder=subfolder,
+        )
+        model = cls._from_checkpoint(pretrained, attn_implementation, device)
+        info = {"missing_keys": list(pretrained.new), "unexpected_keys": list(pretrained.unused)}
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _from_checkpoint(cls, pretrained: Pretrained, attn_implementation: str, device):
+        with tf.device(device), no_values():
+            model = cls(pretrained.config, attn_implementation=attn_implementation, dtype=pretrained.dtype)
+        for name in shapes(pretrained.config, cls.task):
+            owner, attribute = _owner(model, published_name(name, cls.task))
+            if name in pretrained.new:
+                owner.reset_parameters()
+                continue
+            getattr(owner, attribute).assign(pretrained.checkpoint.read(name))
+        return model
+
+    def save_pretrained(self, folder, *, max_shard_size: int | str = "5GB", overwrite: bool = True) -> None:
+        """Writes config.json and safetensors in the published layout, which any backend loads."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: lambda name=name: to_numpy(self.weight(name)) for name in shapes(self.config, self.task)}
+        write_checkpoint(
+            folder,
+            self.config.replace(torch_dtype=self.dtype),
+            tensors,
+            task=self.task,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+        )
+
+    def push_to_hub(self, repo_id: str, *, max_shard_size: int | str = "5GB", **options) -> str:
+        """Saves to a temporary folder and uploads it; `options` as in `conversion.push_folder`. Returns the address."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            return push_folder(folder, repo_id, **options)
+
+    def weight(self, name: str) -> keras.Variable:
+        """The parameter of a canonical name, e.g. `decoder.layers.0.fc1.weight`."""
+        owner, attribute = _owner(self, published_name(name, self.task))
+        return getattr(owner, attribute)
+
+    def name_weights(self) -> None:
+        """Gives each weight its published name as Keras path, which optimizers and summaries show."""
+        for name in shapes(self.config, self.task):
+            self.weight(name)._path = published_name(name, self.task).replace(".", "/")
+
+
+def to_numpy(variable: keras.Variable) -> np.ndarray:
+    """The values as a NumPy array, bfloat16 as that of ml_dtypes."""
+    return variable.value.numpy()
+
+
+def _owner(model: keras.Model, name: str) -> tuple[Module, str]:
+    *path, attribute = name.split(".")
+    owner = model
+    for step in path:
+        owner = owner[int(step)] if step.isdigit() else getattr(owner, step)
+    return owner, attribute
+
+
+def name_of(dtype) -> str | None:
+    return tf.as_dtype(dtype).name if isinstance(dtype, tf.DType | np.dtype | type) else dtype

@@ -1,0 +1,52 @@
+"""Losses of the three tasks, TensorFlow: float32 whatever the model's dtype, and 0 where nothing is counted."""
+
+import tensorflow as tf
+from tensorflow import Tensor
+
+from opt_core.reference import IGNORED_LABEL
+from opt_tf.layers import at_least_float32
+
+
+def causal_lm_loss(logits_BTV: Tensor, labels_BT: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Token t predicts label t + 1. Labels of -100 and predictions made at padding are not counted."""
+    targets_BT = labels_BT[:, 1:]
+    if attention_mask is not None:
+        targets_BT = tf.where(tf.cast(attention_mask[:, :-1], tf.bool), targets_BT, IGNORED_LABEL)
+    return cross_entropy(logits_BTV[:, :-1], targets_BT)
+
+
+def classification_loss(logits_BK: Tensor, labels: Tensor, problem_type: str) -> Tensor:
+    """Cross entropy, mean squared error, or binary cross entropy with logits, by `problem_type`."""
+    if problem_type == "single_label_classification":
+        return cross_entropy(logits_BK, tf.reshape(labels, [-1]))
+    logits_BK = at_least_float32(logits_BK)
+    labels = tf.cast(labels, logits_BK.dtype)
+    if problem_type == "regression":
+        return tf.reduce_mean(tf.square(tf.reshape(logits_BK, [-1]) - tf.reshape(labels, [-1])))
+    return tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(labels, logits_BK))
+
+
+def question_answering_loss(
+    start_BT: Tensor, end_BT: Tensor, starts_B: Tensor, ends_B: Tensor, attention_mask: Tensor | None = None
+) -> Tensor:
+    """The mean of the losses of start and end, each a softmax over the real positions of its row.
+
+    A position of -100, or one beyond the sequence (a truncated answer), is not counted.
+    """
+    losses = []
+    for logits_BT, positions_B in ((start_BT, starts_B), (end_BT, ends_B)):
+        logits_BT = at_least_float32(logits_BT)
+        if attention_mask is not None:
+            logits_BT = tf.where(tf.cast(attention_mask, tf.bool), logits_BT, logits_BT.dtype.min)
+        length = tf.shape(logits_BT, tf.int64)[1]
+        losses.append(cross_entropy(logits_BT, tf.where(positions_B < length, positions_B, IGNORED_LABEL)))
+    return (losses[0] + losses[1]) / 2
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean of -log softmax(logits)[label] over the labels that are not -100; 0 where all are."""
+    logits = at_least_float32(logits)
+    counted = labels != IGNORED_LABEL
+    each = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.where(counted, labels, 0), logits)
+    total = tf.reduce_sum(tf.where(counted, each, tf.zeros([], each.dtype)))
+    return total / tf.cast(tf.maximum(tf.math.count_nonzero(counted), 1), total.dtype)

@@ -1,0 +1,277 @@
+"""The published classes, TensorFlow: base model, causal language model, sequence classification, question answering."""
+
+import keras
+import tensorflow as tf
+from tensorflow import Tensor
+
+from opt_core.checks import check_labels
+from opt_core.config import OPTConfig
+from opt_core.errors import InputError
+from opt_core.outputs import BaseModelOutput, CausalLMOutput, QuestionAnsweringOutput, SequenceClassifierOutput
+from opt_tf import losses
+from opt_tf.cache import Cache
+from opt_tf.decoder import Decoder
+from opt_tf.generation import GenerationMixin
+from opt_tf.inputs import as_index, as_tensor, known
+from opt_tf.layers import Embedding, Linear, dims, linear
+from opt_tf.pretrained import TFOPTPreTrainedModel
+
+
+@keras.saving.register_keras_serializable("opt_tf")
+class TFOPTModel(TFOPTPreTrainedModel):
+    """The decoder without a head."""
+
+    task = "base"
+
+    def __init__(self, config: OPTConfig, *, attn_implementation: str = "sdpa", dtype=None):
+        super().__init__(config, attn_implementation=attn_implementation, dtype=dtype)
+        self.decoder = Decoder(config, attn_implementation, self.dtype_policy)
+        self.name_weights()
+
+    @property
+    def base_model(self) -> TFOPTPreTrainedModel:
+        return self
+
+    def call(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        inputs_embeds=None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        training: bool | None = None,
+        **unknown,
+    ) -> BaseModelOutput:
+        """Hidden states [B, T, E] of `input_ids` [B, T] or `inputs_embeds` [B, T, E].
+
+        Args:
+            attention_mask: [B, T], 1 for real tokens; with a cache, all columns so far may be given.
+            position_ids: [B, T] or [1, T], from 0; by default the number of real tokens before each.
+            past_key_values: a cache to continue; it stays as it is, the output holds the new one.
+
+        Raises:
+            InputError: lists every argument that is out of range or of the wrong shape.
+        """
+        return self.decode(
+            input_ids,
+            attention_mask,
+            position_ids,
+            inputs_embeds,
+            past_key_values,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+            training,
+            unknown,
+        )
+
+
+@keras.saving.register_keras_serializable("opt_tf")
+class TFOPTForCausalLM(GenerationMixin, TFOPTPreTrainedModel):
+    """The language model: next-token logits from the word embeddings, or from `lm_head` where it is not tied."""
+
+    task = "causal-lm"
+
+    def __init__(self, config: OPTConfig, *, attn_implementation: str = "sdpa", dtype=None):
+        super().__init__(config, attn_implementation=attn_implementation, dtype=dtype)
+        self.model = TFOPTModel(config, attn_implementation=attn_implementation, dtype=self.dtype_policy)
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            shape = dict(bias=False, init_std=config.init_std, dtype=self.dtype_policy)
+            self.lm_head = Linear(config.word_embed_proj_dim, config.vocab_size, **shape)
+        self.name_weights()
+
+    def get_output_embeddings(self) -> Linear | Embedding:
+        return self.get_input_embeddings() if self.lm_head is None else self.lm_head
+
+    def logits(self, hidden_BTE: Tensor) -> Tensor:
+        """Next-token logits [..., V] of hidden states [..., E]."""
+        return linear(hidden_BTE, self.get_output_embeddings().weight)
+
+    def call(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        inputs_embeds=None,
+        labels=None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int = 0,
+        training: bool | None = None,
+        **unknown,
+    ) -> CausalLMOutput:
+        """Logits [B, T, V], or of the last `logits_to_keep` tokens; the loss where `labels` [B, T] are given.
+
+        Token t predicts label t + 1; labels of -100 and predictions made at padding are not counted.
+        """
+        out = self.decode(
+            input_ids,
+            attention_mask,
+            position_ids,
+            inputs_embeds,
+            past_key_values,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+            training,
+            unknown,
+            logits_to_keep,
+        )
+        hidden_BTE = out.last_hidden_state
+        labels = as_index(labels)
+        if labels is not None:
+            check_labels("labels", known(labels), hidden_BTE.shape[:2], self.config.vocab_size)
+        if logits_to_keep and labels is None:
+            hidden_BTE = hidden_BTE[:, -logits_to_keep:]
+        logits_BTV = self.logits(hidden_BTE)
+        loss = None
+        if labels is not None:
+            mask_BT = self.current_mask(attention_mask, dims(hidden_BTE)[1])
+            loss = losses.causal_lm_loss(logits_BTV, labels, mask_BT)
+            logits_BTV = logits_BTV[:, -logits_to_keep:]
+        return CausalLMOutput(loss, logits_BTV, out.past_key_values, out.hidden_states, out.attentions)
+
+
+@keras.saving.register_keras_serializable("opt_tf")
+class TFOPTForSequenceClassification(TFOPTPreTrainedModel):
+    """Label logits from the last real token of each row; regression, single- or multi-label by `problem_type`."""
+
+    task = "sequence-classification"
+
+    def __init__(self, config: OPTConfig, *, attn_implementation: str = "sdpa", dtype=None):
+        super().__init__(config, attn_implementation=attn_implementation, dtype=dtype)
+        self.model = TFOPTModel(config, attn_implementation=attn_implementation, dtype=self.dtype_policy)
+        shape = dict(bias=False, init_std=config.init_std, dtype=self.dtype_policy)
+        self.score = Linear(config.word_embed_proj_dim, config.num_labels, **shape)
+        self.name_weights()
+
+    def call(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        inputs_embeds=None,
+        labels=None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        training: bool | None = None,
+        **unknown,
+    ) -> SequenceClassifierOutput:
+        """Logits [B, K]; the loss where `labels` are given: [B] classes, [B] or [B, K] numbers, or [B, K] of 0 and 1.
+
+        The last real token is found by `attention_mask`, without one by `pad_token_id`.
+        """
+        out = self.decode(
+            input_ids,
+            attention_mask,
+            position_ids,
+            inputs_embeds,
+            past_key_values,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+            training,
+            unknown,
+        )
+        hidden_BTE = out.last_hidden_state
+        mask_BT = self.current_mask(attention_mask, dims(hidden_BTE)[1])
+        if mask_BT is None and input_ids is not None and self.config.pad_token_id is not None:
+            mask_BT = as_index(input_ids) != self.config.pad_token_id
+        logits_BK = self.score(pool_last_token(hidden_BTE, mask_BT))
+        loss = None
+        if labels is not None:
+            loss = self.task_loss(logits_BK, as_tensor(labels))
+        return SequenceClassifierOutput(loss, logits_BK, out.past_key_values, out.hidden_states, out.attentions)
+
+    def task_loss(self, logits_BK: Tensor, labels: Tensor) -> Tensor:
+        (B, K), problem_type = logits_BK.shape, self.config.problem_type_of(labels.dtype.name)
+        if problem_type == "single_label_classification":
+            labels = as_index(tf.reshape(labels, [-1]))
+            check_labels("labels", known(labels), (B,), K)
+        else:
+            shape = (B,) if problem_type == "regression" and K == 1 and labels.shape.rank == 1 else (B, K)
+            check_labels("labels", known(labels), shape, None)
+        return losses.classification_loss(logits_BK, labels, problem_type)
+
+
+@keras.saving.register_keras_serializable("opt_tf")
+class TFOPTForQuestionAnswering(TFOPTPreTrainedModel):
+    """Logits for the first and the last token of an answer in the text."""
+
+    task = "question-answering"
+
+    def __init__(self, config: OPTConfig, *, attn_implementation: str = "sdpa", dtype=None):
+        super().__init__(config, attn_implementation=attn_implementation, dtype=dtype)
+        self.model = TFOPTModel(config, attn_implementation=attn_implementation, dtype=self.dtype_policy)
+        shape = dict(bias=True, init_std=config.init_std, dtype=self.dtype_policy)
+        self.qa_outputs = Linear(config.word_embed_proj_dim, 2, **shape)
+        self.name_weights()
+
+    def call(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        inputs_embeds=None,
+        start_positions=None,
+        end_positions=None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        training: bool | None = None,
+        **unknown,
+    ) -> QuestionAnsweringOutput:
+        """Start and end logits [B, T]; the loss where `start_positions` and `end_positions` [B] are given.
+
+        A position of -100, or one beyond the sequence (a truncated answer), is not counted.
+        """
+        out = self.decode(
+            input_ids,
+            attention_mask,
+            position_ids,
+            inputs_embeds,
+            past_key_values,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+            training,
+            unknown,
+        )
+        hidden_BTE = out.last_hidden_state
+        mask_BT = self.current_mask(attention_mask, dims(hidden_BTE)[1])
+        logits_BT2 = self.qa_outputs(hidden_BTE)
+        if mask_BT is not None:
+            real_BT1 = tf.cast(mask_BT, tf.bool)[..., None]
+            logits_BT2 = tf.where(real_BT1, logits_BT2, tf.zeros([], logits_BT2.dtype))
+        start_BT, end_BT = tf.unstack(logits_BT2, axis=-1)
+        loss = self.task_loss(start_BT, end_BT, start_positions, end_positions, mask_BT)
+        return QuestionAnsweringOutput(loss, start_BT, end_BT, out.past_key_values, out.hidden_states, out.attentions)
+
+    def task_loss(self, start_BT: Tensor, end_BT: Tensor, starts_B, ends_B, mask_BT: Tensor | None) -> Tensor | None:
+        if starts_B is None and ends_B is None:
+            return None
+        if starts_B is None or ends_B is None:
+            raise InputError("invalid arguments", ["start_positions, end_positions: expected both or neither, got one"])
+        starts_B, ends_B = (tf.reshape(as_index(x), [-1]) for x in (starts_B, ends_B))
+        for name, positions_B in (("start_positions", starts_B), ("end_positions", ends_B)):
+            check_labels(name, known(positions_B), start_BT.shape[:1], tf.int64.max)
+        return losses.question_answering_loss(start_BT, end_BT, starts_B, ends_B, mask_BT)
+
+
+def pool_last_token(hidden_BTE: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """The hidden state [B, E] of the last real token of each row; zero for a row without one."""
+    if mask_BT is None:
+        return hidden_BTE[:, -1]
+    real_BT = tf.cast(mask_BT, tf.bool)
+    columns_BT = tf.range(dims(hidden_BTE)[1]) * tf.cast(real_BT, tf.int32)
+    pooled_BE = tf.gather(hidden_BTE, tf.argmax(columns_BT, axis=1), axis=1, batch_dims=1)
+    return tf.where(tf.reduce_any(real_BT, axis=1, keepdims=True), pooled_BE, tf.zeros([], pooled_BE.dtype))

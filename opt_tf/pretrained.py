@@ -1,0 +1,196 @@
+"""What the published classes share, TensorFlow: the checked call, Keras training, embeddings, cache, loading."""
+
+from collections.abc import Iterable, Mapping
+from typing import ClassVar
+
+import keras
+import tensorflow as tf
+from tensorflow import Tensor
+
+from opt_core.checks import ATTENTION_IMPLEMENTATIONS, arguments_of, check_choice, check_inputs, check_keywords
+from opt_core.config import OPTConfig
+from opt_core.errors import ProblemsError
+from opt_core.outputs import BaseModelOutput
+from opt_tf.cache import Cache, init_cache
+from opt_tf.decoder import Decoder
+from opt_tf.inputs import as_index, as_tensor, known, known_cache
+from opt_tf.layers import Embedding, Linear
+from opt_tf.loading import LoadingMixin, name_of
+from opt_tf.training import TrainingMixin
+
+
+class TFOPTPreTrainedModel(LoadingMixin, TrainingMixin, keras.Model):
+    """What the four classes share. `task` is the name that the weight schema gives to the class.
+
+    Args:
+        dtype: a dtype, its name, or a Keras policy such as "mixed_bfloat16"; by default Keras's global policy.
+    """
+
+    task: ClassVar[str]
+
+    def __init__(self, config: OPTConfig, *, attn_implementation: str = "sdpa", dtype=None):
+        super().__init__(dtype=name_of(dtype), autocast=False)
+        config.check()
+        check_choice("attn_implementation", attn_implementation, ATTENTION_IMPLEMENTATIONS)
+        self.config = config
+        self.attn_implementation = attn_implementation
+        self.built = True  # the subclasses make every weight in their constructor
+        self.forget_compiled()
+
+    @property
+    def base_model(self) -> "TFOPTPreTrainedModel":
+        return self.model
+
+    @property
+    def device(self) -> str:
+        return self.get_input_embeddings().weight.value.device
+
+    def set_attn_implementation(self, attn_implementation: str) -> None:
+        check_choice("attn_implementation", attn_implementation, ATTENTION_IMPLEMENTATIONS)
+        self.attn_implementation = attn_implementation
+        for layer in self.base_model.decoder.layers:
+            layer.self_attn.attn_implementation = attn_implementation
+        self.forget_compiled()
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        """The number of parameters, a tied head counted once."""
+        return sum(p.shape.num_elements() for p in (self.trainable_weights if only_trainable else self.weights))
+
+    def init_cache(self, batch_size: int, capacity: int) -> Cache:
+        """An empty cache for `past_key_values`, for `batch_size` rows of up to `capacity` tokens."""
+        return init_cache(self.config, batch_size, capacity, dtype=self.compute_dtype, device=self.device)
+
+    # -- embeddings ---------------------------------------------------------------------------------------------------
+
+    def get_input_embeddings(self) -> Embedding:
+        return self.base_model.decoder.embed_tokens
+
+    def set_input_embeddings(self, embeddings: Embedding) -> None:
+        self.base_model.decoder.embed_tokens = embeddings
+        self.forget_compiled()
+
+    def get_output_embeddings(self) -> Linear | Embedding | None:
+        return None
+
+    def get_decoder(self) -> Decoder:
+        return self.base_model.decoder
+
+    def tie_weights(self) -> None:
+        """Nothing to do: a tied head has no variable of its own, it reads the word embeddings."""
+
+    def resize_token_embeddings(self, new_num_tokens: int, pad_to_multiple_of: int | None = None) -> Embedding:
+        """Keeps the first rows of the word embeddings (and of an untied head); new rows start as in a new model.
+
+        A compiled optimizer keeps slots of the old shape: call `compile` again.
+        """
+        if pad_to_multiple_of:
+            new_num_tokens = -(-new_num_tokens // pad_to_multiple_of) * pad_to_multiple_of
+        config = self.config.replace(vocab_size=new_num_tokens)
+        init = dict(init_std=config.init_std, dtype=self.dtype_policy)
+        new = Embedding(new_num_tokens, config.word_embed_proj_dim, **init)
+        self.set_input_embeddings(_with_rows_of(self.get_input_embeddings(), new))
+        head = self.get_output_embeddings()
+        if head is not None and not config.tie_word_embeddings:
+            self.lm_head = _with_rows_of(head, Linear(config.word_embed_proj_dim, new_num_tokens, bias=False, **init))
+        self.config.vocab_size = new_num_tokens
+        self.name_weights()
+        return self.get_input_embeddings()
+
+    # -- the call -----------------------------------------------------------------------------------------------------
+
+    @tf.autograph.experimental.do_not_convert
+    def __call__(self, input_ids=None, *args, training: bool | None = None, **arguments):
+        """Takes the arguments of `call` by position, by keyword, or as one dict of them, as Keras passes a batch."""
+        names = arguments_of(self.call)
+        if isinstance(input_ids, Mapping):
+            arguments = {**input_ids, **arguments}
+        elif input_ids is not None:
+            args = (input_ids, *args)
+        arguments.update(zip(names, args, strict=False))
+        check_keywords(arguments.keys() - set(names), names)
+        for name in arguments.keys() - _NOT_TENSORS:
+            arguments[name] = as_tensor(arguments[name])
+        try:
+            return super().__call__(**arguments, training=training)
+        except RuntimeError as error:  # Keras 3.15 rewrites an error that it cannot make from one string
+            raise error.__context__ if isinstance(error.__context__, ProblemsError) else error from None
+
+    def check_inputs(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        inputs_embeds=None,
+        past_key_values: Cache | None = None,
+        logits_to_keep: int = 0,
+    ) -> None:
+        """Raises one InputError with everything wrong; to call before a compiled function, which sees no values.
+
+        Inside a `tf.function` shapes are checked and values are not. There an id or a position out of range gives NaN
+        on devices and under XLA, where it would be clamped, and an error of `tf.gather` on a CPU without XLA.
+        """
+        check_inputs(
+            self.config,
+            input_ids=known(as_index(input_ids)),
+            attention_mask=known(as_tensor(attention_mask)),
+            position_ids=known(as_index(position_ids)),
+            inputs_embeds=known(as_tensor(inputs_embeds), values=False),
+            cache=known_cache(past_key_values),
+            logits_to_keep=logits_to_keep,
+        )
+
+    def decode(
+        self,
+        input_ids,
+        attention_mask,
+        position_ids,
+        inputs_embeds,
+        past_key_values: Cache | None,
+        use_cache: bool | None,
+        output_attentions: bool | None,
+        output_hidden_states: bool | None,
+        training: bool | None,
+        unknown: Iterable[str],
+        logits_to_keep: int = 0,
+    ) -> BaseModelOutput:
+        """Takes defaults from the config, checks everything, and runs the decoder."""
+        config = self.config
+        check_keywords(unknown, arguments_of(self.call))
+        self.check_inputs(input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, logits_to_keep)
+        attention_mask = as_tensor(attention_mask)
+        if attention_mask is not None and tf.executing_eagerly() and tf.reduce_all(tf.cast(attention_mask, tf.bool)):
+            attention_mask = None  # nothing to pack, and no mask where none is needed
+        return self.base_model.decoder(
+            as_index(input_ids),
+            attention_mask,
+            as_index(position_ids),
+            as_tensor(inputs_embeds, self.compute_dtype),
+            past_key_values,
+            config.use_cache and not training if use_cache is None else use_cache,
+            config.output_attentions if output_attentions is None else output_attentions,
+            config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+            bool(training),
+        )
+
+    def current_mask(self, attention_mask, tokens: int | Tensor) -> Tensor | None:
+        """The columns of a mask that belong to the tokens of this call."""
+        attention_mask = as_tensor(attention_mask)
+        return None if attention_mask is None else attention_mask[:, -tokens:]
+
+
+# Arguments of the four classes that are not one tensor each.
+_NOT_TENSORS = {
+    "past_key_values",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "logits_to_keep",
+    "training",
+}
+
+
+def _with_rows_of(old: Linear | Embedding, new: Linear | Embedding) -> Linear | Embedding:
+    rows = min(old.weight.shape[0], new.weight.shape[0])
+    new.weight.assign(tf.concat([old.weight[:rows], new.weight[rows:]], axis=0))
+    new.trainable = old.trainable
+    return new
