@@ -137,7 +137,7 @@ class Decoder(Module):
         if packing is not None:  # positions of padding, behind the real tokens, may lie outside the table
             position_ids = tf.where(columns_1T < packing.lengths_B[:, None], position_ids, 0)
         # A row before the table's positions is no error of `gather` by itself.
-        return tf.where(position_ids < 0, -1, position_ids + POSITION_OFFSET)
+        return tf.where(position_ids >= 0, position_ids + POSITION_OFFSET, -1)
 
     def drop_layer(self, x_BTD: Tensor, y_BTD: Tensor, training: bool) -> Tensor:
         """LayerDrop (Fan et al., arXiv:1909.11556): in training, a layer is skipped with probability `layerdrop`."""

@@ -5,6 +5,7 @@ Weights are cast to the dtype of what they meet, so that a mixed policy (float32
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Iterator
 
 import keras
@@ -13,10 +14,11 @@ from tensorflow import Tensor
 
 from opt_core.config import LAYER_NORM_EPS
 
+# TensorFlow's own gelu (2.21) has its constants in float32, which a float64 model would feel.
 ACTIVATION_FUNCTIONS = {
     "relu": tf.nn.relu,
-    "gelu": tf.nn.gelu,
-    "gelu_new": lambda x: tf.nn.gelu(x, approximate=True),
+    "gelu": lambda x: 0.5 * x * (1 + tf.math.erf(x * 0.5**0.5)),
+    "gelu_new": lambda x: 0.5 * x * (1 + tf.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3))),
     "silu": tf.nn.silu,
 }
 
