@@ -13,7 +13,7 @@ from conversion.index import index_files
 from opt_core.config import CONFIG_NAME
 from opt_core.errors import CheckpointError
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
 def resolve(
@@ -36,7 +36,7 @@ def resolve(
         CheckpointError: `source` is neither; the error says what was tried.
     """
     local = Path(source).expanduser()
-    if local.exists():
+    if source != "" and local.exists():
         return local / subfolder if subfolder else local
     if isinstance(source, os.PathLike) or not _HUB_ID.fullmatch(str(source)):
         raise CheckpointError(str(source), ["no such file or folder, and not a hub id (organisation/name)"])
