@@ -1,8 +1,8 @@
 """One forward pass of a backend against the float64 reference: how far apart, within which bound, and from where on.
 
-Errors are relative errors of rows, ||d||2 / ||truth||2, in units of the roundoff u of the dtype. The bounds are about four
-times what 12-layer models with random weights showed in PyTorch, JAX and TensorFlow (float32: 13 to 20 u, half precision:
-3.2 to 4.3 u).
+Errors are relative errors of rows, ||d||2 / ||truth||2, in units of the roundoff u of the dtype. The bounds are about
+four times what 12-layer models with random weights showed in PyTorch, JAX and TensorFlow (float32: 13 to 20 u, half
+precision: 3.2 to 4.3 u).
 """
 
 from dataclasses import dataclass, field

@@ -14,7 +14,8 @@ from opt_zoo.sources import add_source, display_name, find_source
 
 SUMMARY = "write a checkpoint in another format, dtype or shard size"
 DESCRIPTION = """Writes config, weights and, where the source has them, tokenizer files into the folder TARGET. Holds
-one tensor in memory at a time. The weights are checked against the config first, and get their names when all are written."""
+one tensor in memory at a time. The weights are checked against the config first; files get their names when all are
+written."""
 
 FORMAT_NAMES = {"safetensors": "safetensors", "bin": "torch-bin"}  # on the command line -> in `conversion`
 SIDE_FILES = ("generation_config.json",)  # beside the tokenizer's, copied as they are

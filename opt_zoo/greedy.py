@@ -1,8 +1,8 @@
 """Greedy text of a backend against the float64 reference, and of the backends against each other.
 
-A text is judged token by token: given the tokens before it, is this one the reference's most likely token? Another token
-is allowed only at a tie, where rounding may move both logits past each other. So a text that went another way after a tie
-is judged as well, and two backends that pass can differ only from a tie on.
+A text is judged token by token: given the tokens before it, is this one the reference's most likely token? Another
+token is allowed only at a tie, where rounding may move both logits past each other. So a text that went another way
+after a tie is judged as well, and two backends that pass can differ only from a tie on.
 """
 
 from dataclasses import dataclass, field

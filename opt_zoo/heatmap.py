@@ -7,6 +7,7 @@ import numpy as np
 
 def write_heatmap(report: dict[str, Any], path: str) -> None:
     """Draws a PNG, whatever the ending of `path`. matplotlib is imported here, without a display."""
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -14,14 +15,15 @@ def write_heatmap(report: dict[str, Any], path: str) -> None:
     figure = Figure(figsize=(2.5 + 0.62 * len(columns), 2.2 + 0.45 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    image = axes.imshow(np.minimum(shares, 1), vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    colors = colormaps["viridis"].with_extremes(over="#c62828")  # beyond the bound
+    image = axes.imshow(np.minimum(shares, 2), vmin=0, vmax=1, cmap=colors, aspect="auto")
     axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
     axes.set_yticks(range(len(rows)), rows)
     for (row, column), share in np.ndenumerate(shares):
         text, color = _label(share)
         axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
     axes.set_title(f"{report['source']}: worst-row error of the logits, share of the bound")
-    figure.colorbar(image, ax=axes, label="error / bound")
+    figure.colorbar(image, ax=axes, label="error / bound", extend="max")
     figure.savefig(path, format="png", dpi=150)
 
 
@@ -48,5 +50,5 @@ def _label(share: float) -> tuple[str, str]:
     if np.isnan(share):
         return "", "black"
     if not share <= 1:
-        return ("NaN" if np.isinf(share) else f"{share:.1f}" if share < 100 else ">100"), "red"
+        return ("NaN" if np.isinf(share) else f"{share:.1f}" if share < 100 else ">100"), "white"
     return f"{share:.2f}", "white" if share < 0.6 else "black"

@@ -11,13 +11,13 @@ from opt_core.config import DTYPES
 from opt_core.errors import InputError
 from opt_zoo.backends import BACKENDS, installed_backends, load_backend
 from opt_zoo.console import counted_progress, stderr_console, stdout_console
-from opt_zoo.parity_cases import PADDINGS
+from opt_zoo.parity_cases import PADDINGS, TOKENS
 from opt_zoo.sources import add_source, display_name, find_source
 
 SUMMARY = "compare the backends with the float64 reference"
 DESCRIPTION = """Runs each backend on the same rounded weights as the float64 reference and compares logits, hidden
-states, loss and greedy tokens, over dtype, attention implementation and padding. Exit code 1 where a bound is broken; then
-the first layer that diverges is named."""
+states, loss and greedy tokens, over dtype, attention implementation and padding. Exit code 1 where a bound is broken;
+then the first layer that diverges is named."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--padding", type=_some_of(PADDINGS), default=list(PADDINGS), metavar="LIST", help=_words(PADDINGS)
     )
+    parser.add_argument(
+        "--tokens", type=int, default=TOKENS, metavar="N", help=f"length of the longest row (default: {TOKENS})"
+    )
     parser.add_argument("--new-tokens", type=int, default=40, metavar="N", help="greedy tokens (default: 40; 0: none)")
     parser.add_argument("--json", metavar="FILE", help="write the report as JSON; - for stdout, in place of the table")
     parser.add_argument("--html", metavar="FILE", help="write the report as one HTML page")
@@ -42,11 +45,11 @@ def run(args: argparse.Namespace) -> int:
     from opt_zoo.parity_run import ParityPlan, run_parity
     from opt_zoo.report import parity_report
 
-    _check_outputs(args)
+    _check_arguments(args)
     source = find_source(args.source, args.model)
     _share_the_accelerator()
     backends = [load_backend(name) for name in args.backends or _installed()]
-    plan = ParityPlan(source, backends, args.dtypes, args.attn, args.padding, args.new_tokens)
+    plan = ParityPlan(source, backends, args.dtypes, args.attn, args.padding, args.tokens, args.new_tokens)
     with counted_progress(f"parity of {display_name(source)}", plan.steps) as step:
         result = run_parity(plan, step)
     report = parity_report(plan, result)
@@ -56,8 +59,9 @@ def run(args: argparse.Namespace) -> int:
     return 0 if result.passed else 1
 
 
-def _check_outputs(args: argparse.Namespace) -> None:
+def _check_arguments(args: argparse.Namespace) -> None:
     problems = [] if args.new_tokens >= 0 else [f"--new-tokens: expected 0 or more, got {args.new_tokens}"]
+    problems += [] if args.tokens > 0 else [f"--tokens: expected 1 or more, got {args.tokens}"]
     for option in ("json", "html", "png"):
         path = getattr(args, option)
         folder = os.path.dirname(path or "")

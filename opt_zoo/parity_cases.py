@@ -15,7 +15,9 @@ from opt_core.errors import ProblemsError
 logger = logging.getLogger(__name__)
 
 PADDINGS = ("none", "left", "right", "holes")
-LENGTHS = (47, 31, 13, 1)  # real tokens of the rows; primes, so that no two axes of a batch agree
+TOKENS = 263  # real tokens of the longest row: more than the 256 that blockwise attention takes at a time
+SHORT_LENGTHS = (31, 13, 1)  # of the other rows
+PADDING_COLUMNS = 6  # of the longest row
 
 # Shakespeare, sonnets 18, 29, 73 and 116 (public domain): one row each.
 TEXTS = (
@@ -48,15 +50,15 @@ class Case(NamedTuple):
         return np.where(self.real_BT, self.input_ids, -100)
 
 
-def token_rows(source: str, config: OPTConfig) -> tuple[np.ndarray, str]:
-    """Ids [B, T], and where they are from: "text", by the tokenizer of `source`, or "random ids" where it has none.
+def token_rows(source: str, config: OPTConfig, tokens: int = TOKENS) -> tuple[np.ndarray, str]:
+    """Ids [B, `tokens`], and where they are from: "text", by the tokenizer of `source`, or "random ids" without one.
 
-    T is the longest of `LENGTHS`, or fewer where the model has fewer positions.
+    Fewer columns where the model has fewer positions.
     """
-    columns = min(max(LENGTHS), config.max_position_embeddings)
+    columns = min(tokens, config.max_position_embeddings)
     tokenizer = find_tokenizer(source)
     if tokenizer is None:
-        return np.random.default_rng(0).integers(0, config.vocab_size, (len(LENGTHS), columns)), "random ids"
+        return np.random.default_rng(0).integers(0, config.vocab_size, (len(TEXTS), columns)), "random ids"
     rows = [tokenizer.encode(" ".join([text] * columns))[:columns] for text in TEXTS]
     return np.array(rows, np.int64) % config.vocab_size, "text"
 
@@ -74,35 +76,36 @@ def find_tokenizer(source: str):
 
 
 def make_case(padding: str, rows_BT: np.ndarray, pad_token_id: int | None) -> Case:
-    """Places the rows, cut to `LENGTHS`, among padding. In "holes" the last row is padding alone."""
+    """Places the rows among padding, all but the first cut short. In "holes" the last row is padding alone."""
     if padding == "none":
         return Case(padding, rows_BT, None)
-    columns = rows_BT.shape[1]
-    lengths = [min(length, columns) for length in LENGTHS]
-    mask_BT = np.stack([_mask_row(padding, row, length, columns) for row, length in enumerate(lengths)])
-    ids_BT = np.full_like(rows_BT, pad_token_id or 0)
+    longest = rows_BT.shape[1]
+    lengths = [longest, *(min(length, longest) for length in SHORT_LENGTHS)]
+    if padding == "holes":
+        lengths[-1] = 0
+    mask_BT = np.stack([_mask_row(padding, length, longest + PADDING_COLUMNS) for length in lengths])
+    return _place(padding, rows_BT, mask_BT, pad_token_id)
+
+
+def _mask_row(padding: str, length: int, columns: int) -> np.ndarray:
+    if padding == "left":
+        return np.arange(columns) >= columns - length
+    if padding == "right":
+        return np.arange(columns) < length
+    return np.random.default_rng(length).permutation(columns) < length
+
+
+def _place(padding: str, rows_BT: np.ndarray, mask_BT: np.ndarray, pad_token_id: int | None) -> Case:
+    """Puts the first tokens of each row where its mask is True."""
+    ids_BT = np.full(mask_BT.shape, pad_token_id or 0, np.int64)
     for ids_T, row_T, mask_T in zip(ids_BT, rows_BT, mask_BT, strict=True):
         ids_T[mask_T] = row_T[: mask_T.sum()]
     return Case(padding, ids_BT, mask_BT.astype(np.int64))
 
 
-def _mask_row(padding: str, row: int, length: int, columns: int) -> np.ndarray:
-    column_T = np.arange(columns)
-    if padding == "left":
-        return column_T >= columns - length
-    if padding == "right":
-        return column_T < length
-    if row == len(LENGTHS) - 1:
-        return np.zeros(columns, bool)
-    return np.random.default_rng(row).permutation(columns) < length * 3 // 4
-
-
 def make_prompts(rows_BT: np.ndarray, pad_token_id: int | None, room: int) -> Case:
     """A left-padded batch of short prompts, of at most a third of the positions `room`."""
-    columns = max(1, min(16, room // 3))
-    lengths = [max(1, columns * length // max(LENGTHS)) for length in LENGTHS]
-    mask_BT = np.arange(columns) >= columns - np.array(lengths)[:, None]
-    ids_BT = np.full((len(lengths), columns), pad_token_id or 0, np.int64)
-    for ids_T, row_T, mask_T in zip(ids_BT, rows_BT, mask_BT, strict=True):
-        ids_T[mask_T] = row_T[: mask_T.sum()]
-    return Case("left", ids_BT, mask_BT.astype(np.int64))
+    columns = max(1, min(17, room // 3, rows_BT.shape[1]))
+    lengths = [max(1, columns * (row + 1) // len(rows_BT)) for row in range(len(rows_BT))]
+    mask_BT = np.stack([_mask_row("left", length, columns) for length in lengths])
+    return _place("left", rows_BT, mask_BT, pad_token_id)

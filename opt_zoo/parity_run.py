@@ -1,8 +1,8 @@
 """Runs the parity measurement: every backend, dtype, attention implementation and padding case against float64.
 
-Both sides have the same weights: the checkpoint's, rounded to the dtype. TF32 is switched off in all frameworks, since it
-is not float32. XLA's flags are left as they are, because parity is to hold for what users run, and because an unknown flag
-ends the process; what `XLA_FLAGS` holds is in the report.
+Both sides have the same weights: the checkpoint's, rounded to the dtype. TF32 is switched off in all frameworks, since
+it is not float32. XLA's flags are left as they are, because parity is to hold for what users run, and because an
+unknown flag ends the process; what `XLA_FLAGS` holds is in the report.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ from opt_core.schema import shapes
 from opt_zoo.backends import Backend, LoadedModel
 from opt_zoo.comparison import BOUNDS, Comparison, Truth, compare, compare_with_eager
 from opt_zoo.greedy import Agreement, GreedyText, compare_texts, judge_text
-from opt_zoo.parity_cases import PADDINGS, Case, make_case, make_prompts, token_rows
+from opt_zoo.parity_cases import PADDINGS, TOKENS, Case, make_case, make_prompts, token_rows
 
 NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 NEW_TOKENS = 40
@@ -34,6 +34,7 @@ class ParityPlan:
     dtypes: Sequence[str] = DTYPES
     attentions: Sequence[str] = ATTENTION_IMPLEMENTATIONS
     paddings: Sequence[str] = PADDINGS
+    tokens: int = TOKENS  # of the longest row
     new_tokens: int = NEW_TOKENS  # of the greedy texts; 0: none
 
     @property
@@ -68,7 +69,7 @@ def run_parity(plan: ParityPlan, on_step: Callable[[str], None] = lambda _: None
         backend.use_full_float32()
     opened = open_pretrained(plan.source, "causal-lm", overrides={})
     config = opened.config
-    rows_BT, tokens_from = token_rows(plan.source, config)
+    rows_BT, tokens_from = token_rows(plan.source, config, plan.tokens)
     cases = [make_case(padding, rows_BT, config.pad_token_id) for padding in plan.paddings]
     prompts = make_prompts(rows_BT, config.pad_token_id, config.max_position_embeddings)
     result = ParityResult(config, tokens_from)
