@@ -1,7 +1,8 @@
 """Multi-head causal self-attention, TensorFlow.
 
-Three ways to attend, all on packed rows (`packing.py`), so that the causal flag is the only mask: blockwise over the
-tokens of this call; over a cache, whose rows are prefixes; and step by step ("eager"), which alone can return the weights.
+Three ways to attend, all on packed rows (`packing.py`), so that the causal flag is the only mask: blockwise over
+the tokens of this call; over a cache, whose rows are prefixes; and step by step ("eager"), which alone can return the
+weights.
 """
 
 import tensorflow as tf

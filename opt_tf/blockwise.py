@@ -1,9 +1,9 @@
 """Causal self-attention in O(T) memory, TensorFlow: blocks of queries against blocks of keys, with a running softmax.
 
-TensorFlow has no fused attention on a CPU. These are loops of TensorFlow's own products, the same in eager mode, in graphs
-and under XLA, with dynamic batch and length; not one kernel, but no [T, T] array either, forward or backward. The running
-softmax is that of Milakov and Gimelshein (arXiv:1805.02867); the backward pass computes the weights anew from the saved
-logarithm of each row's sum (Dao et al., arXiv:2205.14135, appendix B). Everything inside is float32 at least.
+TensorFlow has no fused attention on a CPU. These are loops of TensorFlow's own products, the same in eager mode, in
+graphs and under XLA, with dynamic batch and length; not one kernel, but no [T, T] array either, forward or backward. The
+running softmax is that of Milakov and Gimelshein (arXiv:1805.02867); the backward pass computes the weights anew from
+the saved logarithm of each row's sum (Dao et al., arXiv:2205.14135, appendix B). All inside is float32 at least.
 """
 
 import tensorflow as tf
@@ -13,7 +13,7 @@ from opt_tf.layers import at_least_float32, dims
 
 BLOCK = 256  # positions; a [256, 256] block of scores of one head is 256 KiB
 
-# In the names below J stands for the number of blocks and C for the positions of one: [J, B, N, C, H] from [B, N, T, H].
+# Below, J stands for the number of blocks and C for the positions of one: [B, N, T, H] becomes [J, B, N, C, H].
 
 
 @tf.custom_gradient

@@ -1,7 +1,7 @@
 """Greedy generation, TensorFlow: one prefill, then one step per token on a preallocated cache, all in one XLA function.
 
-XLA compiles one program per batch size, prompt length and capacity, so lengths are rounded up to whole buckets: the prompt
-is padded on the right, where nothing looks, and the number of steps is an argument of the program.
+XLA compiles one program per batch size, prompt length and capacity, so lengths are rounded up to whole buckets: the
+prompt is padded on the right, where nothing looks, and the number of steps is an argument of the program.
 """
 
 import numpy as np

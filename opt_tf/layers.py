@@ -1,6 +1,7 @@
 """The layers with weights, TensorFlow: published names, published (out, in) layout, published initialisation.
 
-Weights are cast to the dtype of what they meet, so that a mixed policy (float32 weights, bfloat16 products) needs no more.
+Weights are cast to the dtype of what they meet, so that a mixed policy (float32 weights, bfloat16 products) needs no
+more.
 """
 
 import contextlib

@@ -6,12 +6,15 @@ from pathlib import Path
 import keras
 import numpy as np
 import tensorflow as tf
+from tensorflow import Tensor
 
 from conversion import push_folder, write_checkpoint
 from conversion.pretrained import Pretrained, open_pretrained
 from opt_core.config import OPTConfig
 from opt_core.schema import published_name, shapes
 from opt_tf.layers import Module, no_values
+
+ALIGNMENT = 64  # bytes; TensorFlow's kernels end the process over memory of a smaller one
 
 
 class LoadingMixin:
@@ -38,7 +41,7 @@ class LoadingMixin:
     ):
         """Loads a folder, a weight file or a hub id.
 
-        Weights are memory-mapped and copied once, into the model's variables.
+        Weights are memory-mapped: where the file holds the dtype asked for, variables on a CPU share the file's pages.
 
         Args:
             dtype: None for float32, "auto" for the stored one, or a dtype or its name. `torch_dtype` is an alias.
@@ -75,7 +78,7 @@ class LoadingMixin:
             if name in pretrained.new:
                 owner.reset_parameters()
                 continue
-            getattr(owner, attribute).assign(pretrained.checkpoint.read(name))
+            getattr(owner, attribute).assign(from_numpy(pretrained.checkpoint.read(name)))
         return model
 
     def save_pretrained(self, folder, *, max_shard_size: int | str = "5GB", overwrite: bool = True) -> None:
@@ -109,9 +112,25 @@ class LoadingMixin:
             self.weight(name)._path = published_name(name, self.task).replace(".", "/")
 
 
+def from_numpy(array: np.ndarray) -> Tensor:
+    """A tensor that shares the array's memory, where that is aligned; NumPy's bfloat16 is that of ml_dtypes."""
+    if array.dtype.name == "bfloat16":  # DLPack knows it, NumPy does not
+        return tf.bitcast(from_numpy(array.view(np.uint16)), tf.bfloat16)
+    if array.ctypes.data % ALIGNMENT:
+        array = _aligned_copy(array)
+    return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+
+
 def to_numpy(variable: keras.Variable) -> np.ndarray:
     """The values as a NumPy array, bfloat16 as that of ml_dtypes."""
     return variable.value.numpy()
+
+
+def _aligned_copy(array: np.ndarray) -> np.ndarray:
+    memory = np.empty(array.nbytes + ALIGNMENT, np.uint8)
+    copy = memory[-memory.ctypes.data % ALIGNMENT :][: array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
 
 
 def _owner(model: keras.Model, name: str) -> tuple[Module, str]:

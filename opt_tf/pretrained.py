@@ -16,10 +16,9 @@ from opt_tf.decoder import Decoder
 from opt_tf.inputs import as_index, as_tensor, known, known_cache
 from opt_tf.layers import Embedding, Linear
 from opt_tf.loading import LoadingMixin, name_of
-from opt_tf.training import TrainingMixin
 
 
-class TFOPTPreTrainedModel(LoadingMixin, TrainingMixin, keras.Model):
+class TFOPTPreTrainedModel(LoadingMixin, keras.Model):
     """What the four classes share. `task` is the name that the weight schema gives to the class.
 
     Args:
@@ -40,6 +39,11 @@ class TFOPTPreTrainedModel(LoadingMixin, TrainingMixin, keras.Model):
     @property
     def base_model(self) -> "TFOPTPreTrainedModel":
         return self.model
+
+    @property
+    def dtype(self) -> str:
+        """The name of the parameters' dtype, as of every Keras layer; that of the computation is `compute_dtype`."""
+        return self.variable_dtype
 
     @property
     def device(self) -> str:
@@ -177,6 +181,40 @@ class TFOPTPreTrainedModel(LoadingMixin, TrainingMixin, keras.Model):
         attention_mask = as_tensor(attention_mask)
         return None if attention_mask is None else attention_mask[:, -tokens:]
 
+    # -- Keras --------------------------------------------------------------------------------------------------------
+
+    def forget_compiled(self) -> None:
+        """Drops the traced functions, which hold the variables and switches of when they were traced."""
+        self.compiled_search = self.train_function = self.test_function = self.predict_function = None
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """The model's own loss where it computed one, else that of `compile`."""
+        if getattr(y_pred, "loss", None) is None:
+            return super().compute_loss(x, y, _predictions(y_pred), sample_weight, training)
+        return y_pred.loss
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None) -> dict:
+        return super().compute_metrics(x, y, _predictions(y_pred), sample_weight)
+
+    def predict_step(self, data) -> dict:
+        """What `predict` gathers over batches: the fields of the output by name, without caches and losses."""
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+        out = self(x, training=False, use_cache=False)
+        return {name: value for name, value in out._asdict().items() if name != "loss" and value is not None}
+
+    def get_config(self) -> dict:
+        return {
+            "config": self.config.to_dict(),
+            "attn_implementation": self.attn_implementation,
+            "dtype": keras.dtype_policies.serialize(self.dtype_policy),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict):
+        """Makes the model that `get_config` described, with new weights."""
+        config = dict(config, dtype=keras.dtype_policies.deserialize(config["dtype"]))
+        return cls(OPTConfig.from_dict(config.pop("config")), **config)
+
 
 # Arguments of the four classes that are not one tensor each.
 _NOT_TENSORS = {
@@ -194,3 +232,10 @@ def _with_rows_of(old: Linear | Embedding, new: Linear | Embedding) -> Linear | 
     new.weight.assign(tf.concat([old.weight[:rows], new.weight[rows:]], axis=0))
     new.trainable = old.trainable
     return new
+
+
+def _predictions(out):
+    """The tensors that a Keras loss or metric compares with its targets."""
+    if hasattr(out, "start_logits"):
+        return out.start_logits, out.end_logits
+    return out.logits if hasattr(out, "logits") else out.last_hidden_state
