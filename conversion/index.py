@@ -6,6 +6,7 @@ Source: the index that transformers 4.57.6 writes, `{"metadata": {"total_size": 
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from opt_core.config import read_json_object
 from opt_core.errors import CheckpointError, ConfigError, InputError, raise_if
@@ -127,15 +128,15 @@ def parse_size(size: int | str) -> int:
     return bytes_
 
 
-def plan_shards(sizes: Mapping[str, int], largest: int) -> list[list[str]]:
-    """Names in order, cut where a shard would exceed `largest` bytes; a tensor larger than that has a shard alone."""
-    shards: list[list[str]] = [[]]
+def plan_shards(sizes: Mapping[Any, int], largest: int) -> list[list]:
+    """The keys in order, cut where a shard would exceed `largest` bytes; a larger tensor has a shard alone."""
+    shards: list[list] = [[]]
     filled = 0
-    for name, size in sizes.items():
+    for key, size in sizes.items():
         if shards[-1] and filled + size > largest:
             shards.append([])
             filled = 0
-        shards[-1].append(name)
+        shards[-1].append(key)
         filled += size
     return shards
 

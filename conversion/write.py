@@ -10,20 +10,20 @@ import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from conversion import safetensors_file, torch_zip
-from conversion.formats import FORMATS, Format
+from conversion.formats import FORMATS, Format, places
 from conversion.index import parse_size, plan_shards, shard_name
-from conversion.names import canonical_name
+from conversion.layout import Layout, stored_shape, to_stored
 from conversion.safetensors_file import PlannedTensor
 from conversion.stored import DTYPES
 from opt_core.config import CONFIG_NAME, OPTConfig
 from opt_core.config import DTYPES as CONFIG_DTYPES
 from opt_core.errors import CheckpointError, InputError, raise_if
-from opt_core.schema import check_shapes, published_name, shapes
+from opt_core.schema import check_shapes, shapes
 
 CLASSES = {
     "base": "OPTModel",
@@ -72,12 +72,14 @@ def write_checkpoint(
     target, source = Path(target), _Source(tensors)
     _refuse_existing(target, overwrite)
     largest = parse_size(max_shard_size)
-    planned = _plan(config, task, source, dtype, str(target))
+    planned = _plan(config, task, source, dtype, FORMATS[format])
     json_config = _config_to_write(config, task, planned)
     json_config.to_dict()  # a config that JSON cannot hold fails before anything is written
-    names = plan_shards({name: tensor.nbytes for name, tensor in planned.items()}, largest)
+    shards = plan_shards({item.tensor: item.tensor.nbytes for item in planned}, largest)
+    stream = _Stream(source, planned, progress)
     with _staging(target) as staged:
-        _write_shards(staged, FORMATS[format], [[planned[name] for name in shard] for shard in names], source, progress)
+        _write_shards(staged, FORMATS[format], shards, stream)
+        stream.check_complete()
         json_config.to_json(staged.path(CONFIG_NAME))
         return staged.publish()
 
@@ -122,22 +124,35 @@ class _Source:
         return str(self.read(name).dtype) if self._is_mapping else self._tensors.dtypes[name]
 
 
-def _plan(config: OPTConfig, task: str, source: _Source, dtype: str | None, title: str) -> dict[str, PlannedTensor]:
-    """Schema name to the tensor as it will be stored, under its published name."""
+class _Planned(NamedTuple):
+    """A weight of the schema, and the tensor that will stand for it in the file."""
+
+    weight: str
+    shape: tuple[int, ...]
+    layout: Layout
+    tensor: PlannedTensor
+
+
+def _plan(config: OPTConfig, task: str, source: _Source, dtype: str | None, format: Format) -> list[_Planned]:
     expected = shapes(config, task)
-    check_shapes({name: expected.get(name, ()) for name in source.names}, config, task, source=title)
+    check_shapes({name: expected.get(name, ()) for name in source.names}, config, task, source="write_checkpoint")
     dtypes = {name: dtype or source.dtype(name) for name in expected}
     wrong = [
         f"{name}: expected a dtype of {', '.join(DTYPES)}, got {got}"
         for name, got in dtypes.items()
         if got not in DTYPES
     ]
-    raise_if(CheckpointError, title, wrong)
-    return {name: PlannedTensor(published_name(name, task), dtypes[name], shape) for name, shape in expected.items()}
+    raise_if(CheckpointError, "write_checkpoint", wrong)
+    return [
+        _Planned(
+            name, expected[name], place.layout, PlannedTensor(place.name, dtypes[name], stored_shape(place.layout))
+        )
+        for name, place in places(format, config, task).items()
+    ]
 
 
-def _config_to_write(config: OPTConfig, task: str, planned: dict[str, PlannedTensor]) -> OPTConfig:
-    dtype = planned["decoder.embed_tokens.weight"].dtype
+def _config_to_write(config: OPTConfig, task: str, planned: list[_Planned]) -> OPTConfig:
+    dtype = planned[0].tensor.dtype  # that of the token embedding
     return config.replace(architectures=[CLASSES[task]], torch_dtype=dtype if dtype in CONFIG_DTYPES else None)
 
 
@@ -199,16 +214,13 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write_shards(
-    staged: _Staged, format: Format, shards: list[list[PlannedTensor]], source: _Source, progress
-) -> None:
-    stream, weight_map = _Stream(source, sum(tensor.nbytes for shard in shards for tensor in shard), progress), {}
+def _write_shards(staged: _Staged, format: Format, shards: list[list[PlannedTensor]], stream: "_Stream") -> None:
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file_name = shard_name(format.stem, format.suffix, number, len(shards))
         weight_map.update(dict.fromkeys((tensor.name for tensor in shard), file_name))
         with open(staged.path(file_name), "wb") as file:
             _WRITERS[format.name](file, shard, stream.write)
-    stream.check_complete(weight_map)
     if len(shards) > 1:
         _write_index(staged.path(format.index_name), shards, weight_map)
 
@@ -226,36 +238,37 @@ def _write_index(path: Path, shards: list[list[PlannedTensor]], weight_map: dict
 class _Stream:
     """Reads, converts and writes one tensor after the other, and keeps count of them."""
 
-    def __init__(self, source: _Source, total_bytes: int, progress: Callable[[int, int], None] | None):
-        self._source, self._total, self._progress = source, total_bytes, progress
+    def __init__(self, source: _Source, planned: list[_Planned], progress):
+        self._source, self._progress = source, progress
+        self._left = {item.tensor.name: item for item in planned}
+        self._total_bytes = sum(item.tensor.nbytes for item in planned)
         self._done_bytes = 0
-        self._written: list[str] = []
         self._overflows: list[str] = []
 
     def write(self, file: IO[bytes], tensor: PlannedTensor) -> None:
-        array = self._source.read(canonical_name(tensor.name))
-        if array.shape != tensor.shape or str(array.dtype) not in DTYPES:
-            text = f"expected {tensor.shape} of a float dtype, got {array.shape} of {array.dtype}"
-            raise CheckpointError("write_checkpoint", [f"{tensor.name}: {text}"])
-        largest = 0.0
-        for chunk in _chunks(array):
+        item = self._left.pop(tensor.name)
+        array, largest = self._read(item), 0.0
+        for chunk in _chunks(to_stored(array, item.layout)):
             cast, overflowed = _cast(chunk, DTYPES[tensor.dtype])
             file.write(cast.view(np.uint8).data)
             largest = max(largest, overflowed)
         if largest:
-            self._overflows.append(f"{tensor.name}: its largest magnitude {largest:g} overflows {tensor.dtype}")
-        self._count(tensor)
-
-    def _count(self, tensor: PlannedTensor) -> None:
-        self._written.append(tensor.name)
+            self._overflows.append(f"{item.weight}: its largest magnitude {largest:g} overflows {tensor.dtype}")
         self._done_bytes += tensor.nbytes
         if self._progress:
-            self._progress(self._done_bytes, self._total)
+            self._progress(self._done_bytes, self._total_bytes)
 
-    def check_complete(self, expected: Mapping[str, str]) -> None:
-        """Raises when values overflowed, or when not every expected tensor was written once."""
+    def _read(self, item: _Planned) -> np.ndarray:
+        array = self._source.read(item.weight)
+        if array.shape != item.shape or str(array.dtype) not in DTYPES:
+            text = f"expected {item.shape} of a float dtype, got {array.shape} of {array.dtype}"
+            raise CheckpointError("write_checkpoint", [f"{item.weight}: {text}"])
+        return array
+
+    def check_complete(self) -> None:
+        """Raises when values overflowed, or when a planned tensor was not written."""
         raise_if(CheckpointError, "write_checkpoint", self._overflows)
-        assert sorted(self._written) == sorted(expected), "tensors written differ from those planned"
+        assert not self._left, f"not written: {', '.join(self._left)}"
 
 
 def _chunks(array: np.ndarray) -> Iterator[np.ndarray]:
