@@ -147,7 +147,7 @@ def _locate(state: dict, stem: str, spans: dict[str, tuple[int, int]], path: Pat
     for name, view in dict.items(state):
         member = f"{stem}/data/{view.storage.key}" if isinstance(view, torch_pickle.View) else None
         if member is None or not isinstance(name, str):
-            problems.append(f"{str(name)[:100]}: expected a named tensor, got {type(view).__name__}")
+            problems.append(f"{str(name)[:100]}: expected a named tensor, got {type(view).__name__.lstrip('_')}")
         elif member not in spans:
             problems.append(f"{name}: its storage {member} is not in the file")
         elif spans[member][1] != view.storage.nbytes:

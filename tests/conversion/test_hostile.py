@@ -97,6 +97,16 @@ def test_duplicate_names_in_a_safetensors_header_are_refused(folder):
     assert f"duplicate key '{NAME}'" in refusal(folder)
 
 
+def test_two_tensors_on_the_same_bytes_are_refused(folder):
+    def change(text):
+        header = json.loads(text)
+        header["model.decoder.layers.9.fc1.weight"] = header[NAME]
+        return json.dumps(header)
+
+    rewrite_header(folder, change)
+    assert "a gap or an overlap" in refusal(folder)
+
+
 def test_bytes_after_the_last_tensor_are_refused(folder):
     rewrite_header(folder, str, pad=5)
     assert "5 bytes follow" in refusal(folder)

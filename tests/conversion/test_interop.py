@@ -1,5 +1,7 @@
 """Other programs read what is written here, and the reverse: torch, safetensors and transformers 4.57.6."""
 
+import zipfile
+
 import numpy as np
 import pytest
 import safetensors
@@ -10,6 +12,7 @@ import transformers
 from checkpoints import NUMPY_DTYPES, VARIANTS, assert_holds, config_of, tensors_of
 
 from conversion import open_checkpoint, write_checkpoint
+from conversion.torch_zip import read_tensors
 from opt_core.schema import published_name
 
 CLASSES = {
@@ -109,6 +112,18 @@ def test_torch_and_safetensors_read_the_single_files(tmp_path, dtype):
         assert file.metadata() == {"format": "pt"}
     with open(as_safetensors, "rb") as file:
         assert (8 + int.from_bytes(file.read(8), "little")) % 64 == 0
+
+
+@pytest.mark.parametrize("limit", [None, 500])
+def test_every_tensor_of_a_bin_is_aligned_even_with_the_fields_of_files_over_4_gb(tmp_path, monkeypatch, limit):
+    if limit:
+        monkeypatch.setattr(zipfile, "ZIP64_LIMIT", limit)
+    config = config_of()
+    tensors = tensors_of(config)
+    path, _ = write_checkpoint(tmp_path, config, tensors, format="torch-bin")
+    assert {tensor.offset % 64 for tensor in read_tensors(path, verify=True).values()} == {0}
+    state = torch.load(path, weights_only=True, mmap=True)
+    assert all(torch.equal(state[name], tensor) for name, tensor in as_published(tensors).items())
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])

@@ -75,6 +75,7 @@ def test_tensors_of_mixed_dtypes_keep_them(tmp_path):
         write_checkpoint(tmp_path / format, config, tensors, format=format)
         with open_checkpoint(tmp_path / format) as checkpoint:
             assert_holds(checkpoint, tensors)
+            assert not any(checkpoint.read(name).flags.owndata for name in tensors)  # aligned, hence views
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
