@@ -76,7 +76,7 @@ def _print_texts(report: dict[str, Any], *, as_json: bool) -> None:
     console = stdout_console()
     for text in report["texts"]:
         console.print(f"[bold]{text['backend']}[/bold] ({text['new_tokens']} new tokens)")
-        console.print(text["text"], markup=False)
+        console.print(text["text"], markup=False, soft_wrap=True)
         console.print()
     if len(report["texts"]) > 1:
         console.print("All backends wrote the same." if report["equal"] else "The backends wrote different texts.")

@@ -18,6 +18,7 @@ EXIT_CODES = "exit codes: 0 done, 1 parity failed, 2 wrong usage, bad input or a
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code; prints expected errors without a traceback."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow's greetings on stderr
+    os.environ["KERAS_BACKEND"] = "tensorflow"  # the one that `opt_tf` runs on, whatever the shell is set to
     args = build_parser().parse_args(arguments)
     try:
         return args.run(args)

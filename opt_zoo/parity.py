@@ -4,6 +4,7 @@ import argparse
 import os
 from collections.abc import Callable, Sequence
 
+from rich.markup import escape
 from rich.table import Table
 
 from opt_core.checks import ATTENTION_IMPLEMENTATIONS
@@ -105,7 +106,7 @@ def _write_files(report: dict, args: argparse.Namespace) -> None:
 def print_report(report: dict) -> None:
     """The tables and the verdict."""
     console = stdout_console()
-    source, parameters = report["source"], report["model"]["parameters"]
+    source, parameters = escape(report["source"]), report["model"]["parameters"]
     console.print(
         f"Parity of {source} ({parameters:,} parameters) with the float64 reference, on {report['tokens_from']}"
     )
@@ -115,7 +116,7 @@ def print_report(report: dict) -> None:
         console.print(agreement_in_words(report["agreements"]))
     failures = list(failures_in_words(report))
     for failure in failures:
-        console.print(f"[red]FAIL[/red] {failure}")
+        console.print(f"[red]FAIL[/red] {escape(failure)}")
     cells = len(report["forward"]) + len(report["greedy"])
     console.print("[green]passed[/green]" if not failures else "[red]failed[/red]", f"{cells} comparisons")
 

@@ -77,6 +77,7 @@ def test_a_checkpoint_that_does_not_fit_its_config_is_not_converted(opt_zoo, che
     config_of(num_hidden_layers=2).to_json(checkpoint)
     code, _, err = opt_zoo("convert", checkpoint, tmp_path / "target")
     assert code == 2
+    assert f"{checkpoint}:" in err
     assert "decoder.layers.2.fc1.weight: unexpected" in err
     assert not (tmp_path / "target").exists()
 

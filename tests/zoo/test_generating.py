@@ -43,3 +43,11 @@ def test_more_tokens_than_positions_are_refused(opt_zoo, checkpoint_with_tokeniz
     code, _, err = opt_zoo("generate", checkpoint_with_tokenizer, "to", "--backend", "torch", "--max-new-tokens", 1000)
     assert code == 2
     assert "max_new_tokens: the prompt leaves room for" in err
+
+
+def test_text_is_printed_as_it_is_without_markup_and_line_breaks(opt_zoo, checkpoint_with_tokenizer, monkeypatch):
+    text = "[b]" + "a :heart: b " * 30 + "[/b]"
+    monkeypatch.setattr(OPTTokenizer, "decode", lambda self, ids, **options: text)
+    code, out, _ = opt_zoo("generate", checkpoint_with_tokenizer, "to be", "--backend", "torch", *SHORT)
+    assert code == 0
+    assert text in out

@@ -5,10 +5,12 @@ import pytest
 from conftest import BackendOnAlteredWeights, FakeBackend, FakeModel
 from harness import config_of, save_random
 
-from opt_zoo.backends import BACKENDS
-from opt_zoo.comparison import BOUNDS, Comparison, compare_with_eager, top1
-from opt_zoo.greedy import GreedyText, compare_texts
-from opt_zoo.parity_cases import PADDINGS, make_case
+from opt_core.reference import Reference
+from opt_core.synthetic import random_tensors
+from opt_zoo.backends import BACKENDS, Outputs
+from opt_zoo.comparison import BOUNDS, Comparison, Truth, compare, compare_with_eager, top1
+from opt_zoo.greedy import GreedyText, compare_texts, judge_text
+from opt_zoo.parity_cases import PADDINGS, Case, make_case
 from opt_zoo.parity_run import ParityPlan, run_parity
 
 QUICK = dict(dtypes=["float32"], attentions=["eager"], paddings=["left"], tokens=11, new_tokens=0)
@@ -118,6 +120,25 @@ def test_a_greedy_token_that_is_no_tie_fails_and_is_located(checkpoint):
     assert text.problems[0].startswith("tokens: row 2, token 4 is not the reference's choice")
 
 
+class WorseThanEager(FakeModel):
+    def __call__(self, *args, **kwargs):
+        out = super().__call__(*args, **kwargs)
+        return out._replace(logits=out.logits * (1 + 40 * 2.0**-24))
+
+
+class FusedIsWorse(FakeBackend):
+    def load(self, source, *, dtype, attn_implementation):
+        self.model_class = WorseThanEager if attn_implementation == "sdpa" else FakeModel
+        return super().load(source, dtype=dtype, attn_implementation=attn_implementation)
+
+
+def test_a_fused_kernel_within_the_bound_fails_where_eager_is_far_better(checkpoint):
+    eager, fused = measure(checkpoint, FusedIsWorse(), attentions=["eager", "sdpa"]).forward
+    assert eager.passed
+    assert fused.worst_row_u < fused.bound_u
+    assert "twice the 0 u of eager" in fused.problems[0]
+
+
 # -- the rules --------------------------------------------------------------------------------------------------------
 
 
@@ -130,6 +151,30 @@ def test_another_token_is_a_tie_only_within_twice_the_tolerance():
     agrees, ties = top1(got_RV, truth_RV, bounds)
     assert agrees.tolist() == [True, False, True]
     assert ties.tolist() == [True, False, False]
+
+
+def test_another_first_choice_fails_even_where_the_row_is_within_its_bound():
+    logits_V = np.where(np.arange(10_007) % 2, 1.0, -1.0)
+    logits_V[4], logits_V[7] = 1.0 + 900 * 2.0**-24, 1.0
+    swapped_V = logits_V.copy()
+    swapped_V[7] += 901 * 2.0**-24
+    case = make_case("none", np.array([[5]]), None)
+    truth, got = (Truth(x[None, None], (np.ones((1, 1, 3)),), 0.0) for x in (logits_V, swapped_V))
+    cell = compare(Outputs(*got), truth, case, backend="torch", dtype="float32", attn_implementation="eager")
+    assert cell.worst_row_u < cell.bound_u
+    assert [problem.partition(":")[0] for problem in cell.problems] == ["top-1"]
+
+
+def test_what_follows_the_end_of_a_text_is_not_judged():
+    config = config_of(eos_token_id=11)
+    prompts = Case("left", np.array([[5, 7], [1, 3]]), np.array([[1, 1], [0, 1]]))
+    tokens_BS = FakeModel(Reference(config, dict(random_tensors(config)))).generate(*prompts[1:], 6)
+    honest = Reference(config.replace(eos_token_id=int(tokens_BS[0, 4])), dict(random_tensors(config)))
+    tokens_BS[0, 5:] = 1
+    text = judge_text(tokens_BS, prompts, honest, BOUNDS["float32"], backend="", dtype="", attn_implementation="")
+    end = tokens_BS[0, 2:].tolist().index(tokens_BS[0, 4]) + 1
+    assert text.passed
+    assert text.tokens[0] == tokens_BS[0, 2 : 2 + end].tolist()
 
 
 def test_a_fused_kernel_may_be_twice_as_far_off_as_eager_but_not_more():
