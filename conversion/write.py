@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from conversion import safetensors_file, torch_zip
@@ -284,5 +285,8 @@ def _cast(chunk: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, float]:
         return chunk, 0.0
     with np.errstate(over="ignore", invalid="ignore"):
         cast = chunk.astype(dtype)
-        overflowed = np.isinf(cast) & np.isfinite(chunk)
+    if ml_dtypes.finfo(dtype).max >= ml_dtypes.finfo(chunk.dtype).max:  # nothing can overflow
+        return cast, 0.0
+    overflowed = np.isinf(cast)
+    overflowed[overflowed] = np.isfinite(chunk[overflowed])
     return cast, float(np.abs(chunk[overflowed].astype(np.float64)).max()) if overflowed.any() else 0.0
