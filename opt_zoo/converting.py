@@ -86,6 +86,6 @@ def _print_written(source: str, target: Path, written: list[Path], *, as_json: b
         print_json({"source": source, "target": str(target), "files": files})
         return
     console = stdout_console()
-    console.print(f"{source} -> {target}: {len(files)} files, {total:,.0f} bytes", markup=False)
+    console.print(f"{source} -> {target}: {len(files)} files, {total:,.0f} bytes", markup=False, soft_wrap=True)
     for file in files:
-        console.print(f"  {file['name']}: {file['bytes']:,} bytes", markup=False)
+        console.print(f"  {file['name']}: {file['bytes']:,} bytes", markup=False, soft_wrap=True)

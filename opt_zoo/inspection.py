@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from conversion import Checkpoint, open_checkpoint, resolve
@@ -68,15 +69,15 @@ def print_description(description: dict[str, Any], *, with_tensors: bool = False
     console = stdout_console()
     table = Table(show_header=False, box=None)
     for name, value in _lines(description).items():
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     console.print(table)
     if with_tensors:
         listing = Table("tensor", "shape", "dtype")
         for tensor in description["tensors"]:
-            listing.add_row(tensor["name"], " x ".join(map(str, tensor["shape"])), tensor["dtype"])
+            listing.add_row(escape(tensor["name"]), " x ".join(map(str, tensor["shape"])), tensor["dtype"])
         console.print(listing)
     for problem in description["problems"]:
-        console.print(f"problem: {problem}", style="red", markup=False)
+        console.print(f"problem: {problem}", style="red", markup=False, soft_wrap=True)
 
 
 def _lines(description: dict[str, Any]) -> dict[str, str]:

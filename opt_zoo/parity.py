@@ -116,7 +116,7 @@ def print_report(report: dict) -> None:
         console.print(agreement_in_words(report["agreements"]))
     failures = list(failures_in_words(report))
     for failure in failures:
-        console.print(f"[red]FAIL[/red] {escape(failure)}")
+        console.print(f"[red]FAIL[/red] {escape(failure)}", soft_wrap=True)
     cells = len(report["forward"]) + len(report["greedy"])
     console.print("[green]passed[/green]" if not failures else "[red]failed[/red]", f"{cells} comparisons")
 

@@ -21,9 +21,10 @@ def test_inspect_counts_what_the_schema_counts(opt_zoo, tmp_path):
 
 
 def test_inspect_prints_the_same_as_text(opt_zoo, tmp_path):
-    folder = save_random(tmp_path, config_of("350m style"))
+    folder = save_random(tmp_path / "a[b]:heart:", config_of("350m style"))
     code, out, _ = opt_zoo("inspect", folder, "--tensors")
     assert code == 0
+    assert "a[b]:heart:" in out
     assert f"{parameter_count(config_of('350m style')):,}" in out
     assert "post-norm, word embeddings of 19 projected" in out
     assert all(name in out for name in shapes(config_of("350m style")))
