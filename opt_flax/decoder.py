@@ -127,23 +127,12 @@ class Decoder(nnx.Module):
 
         -1, which no table has, for a position below 0 and for a real token beyond the capacity of the cache.
         """
-        (B, T), slots_BT = x_BTD.shape[:2], jnp.arange(x_BTD.shape[1])[None]
-        if past is not None:
-            slots_BT = past.lengths[:, None] + slots_BT
-        if position_ids is None:
-            position_ids = slots_BT
-        elif packing is not None:
-            position_ids = jnp.take_along_axis(jnp.broadcast_to(position_ids, (B, T)), packing.order_BT, 1)
-        rows_BT = jnp.where(position_ids < 0, -1, position_ids + POSITION_OFFSET)
-        if past is not None and past.keys:
-            rows_BT = jnp.where(slots_BT < past.capacity, rows_BT, -1)
-        if packing is not None:  # positions of padding, behind the real tokens, may lie outside the table
-            rows_BT = jnp.where(jnp.arange(T) < packing.lengths_B[:, None], rows_BT, POSITION_OFFSET)
-        return rows_BT
+        lengths_B, capacity = (past.lengths, past.capacity) if past is not None and past.keys else (None, None)
+        return _position_rows(position_ids, packing, lengths_B, x_BTD.shape[:2], capacity)
 
     def drop_layer(self, x_BTD: Array, y_BTD: Array) -> Array:
         """LayerDrop (Fan et al., arXiv:1909.11556): in training, a layer is skipped with probability `layerdrop`."""
-        if self.layer_drop.deterministic or not self.config.layerdrop:
+        if self.layer_drop.deterministic or not self.layer_drop.rate:
             return y_BTD
         return jnp.where(self.layer_drop(jnp.ones(())) == 0, x_BTD, y_BTD)
 
@@ -162,7 +151,8 @@ class Decoder(nnx.Module):
 class StaticConfig:
     """A config as NNX wants the static attributes of a module: with equality and a hash, both by its fields.
 
-    So a compiled function is compiled anew when a field has changed.
+    So models of equal configs share what is compiled. A function that a user has compiled keeps the switches of that
+    time (`output_attentions`, ...): give them as arguments there.
     """
 
     def __init__(self, config: OPTConfig):
@@ -178,17 +168,29 @@ class StaticConfig:
 def run_layer(
     layer: DecoderLayer, x_BTD: Array, past: LayerCache | None, lengths_B: Array | None, output_attentions: bool
 ) -> tuple[Array, LayerCache, Array | None]:
-    """Calls a layer; outside a compiled function as one compiled function, that equal layers share.
-
-    Operation by operation, a layer takes several times as long.
-    """
-    if isinstance(x_BTD, jax.core.Tracer):
-        return layer(x_BTD, past, lengths_B, output_attentions)
+    """Calls a layer as one compiled function that equal layers share: traced once, and outside `jit` compiled once."""
     graphdef, rngs, weights = nnx.split(layer, nnx.RngState, ...)
     outputs, rngs = _compiled_layer(graphdef, rngs, weights, x_BTD, past, lengths_B, output_attentions)
     if not layer.dropout.deterministic:
         nnx.update(layer, rngs)
     return outputs
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "capacity"))
+def _position_rows(position_ids, packing, lengths_B, shape: tuple[int, int], capacity: int | None) -> Array:
+    slots_BT = jnp.arange(shape[1])[None]
+    if lengths_B is not None:
+        slots_BT = lengths_B[:, None] + slots_BT
+    if position_ids is None:
+        position_ids = slots_BT
+    elif packing is not None:
+        position_ids = jnp.take_along_axis(jnp.broadcast_to(position_ids, shape), packing.order_BT, 1)
+    rows_BT = jnp.where(position_ids < 0, -1, position_ids + POSITION_OFFSET)
+    if capacity is not None:
+        rows_BT = jnp.where(slots_BT < capacity, rows_BT, -1)
+    if packing is not None:  # positions of padding, behind the real tokens, may lie outside the table
+        rows_BT = jnp.where(jnp.arange(shape[1]) < packing.lengths_B[:, None], rows_BT, POSITION_OFFSET)
+    return rows_BT
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "output_attentions"))

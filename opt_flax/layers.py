@@ -3,6 +3,8 @@
 Parameters and results have one dtype; products, norms and activations are computed in float32 at least, rounded once.
 """
 
+import contextlib
+import contextvars
 import functools
 
 import jax
@@ -27,6 +29,19 @@ def contract(formula: str, x: Array, y: Array) -> Array:
     return jnp.einsum(formula, x, y, precision=precision, preferred_element_type=at_least_float32(x.dtype))
 
 
+_shapes_only = contextvars.ContextVar("shapes_only", default=False)
+
+
+@contextlib.contextmanager
+def shapes_only():
+    """Modules made inside draw no weights: for `nnx.eval_shape`, which otherwise traces random numbers never used."""
+    token = _shapes_only.set(True)
+    try:
+        yield
+    finally:
+        _shapes_only.reset(token)
+
+
 def _rounded_once(function):
     return lambda x: function(x.astype(at_least_float32(x.dtype))).astype(x.dtype)
 
@@ -44,12 +59,12 @@ class Linear(nnx.Module):
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, init_std: float, rngs: nnx.Rngs, dtype):
         self.init_std = init_std
-        self.weight = nnx.Param(_normal(rngs.params(), (out_features, in_features), init_std, dtype))
+        self.weight = nnx.Param(_initial(rngs, (out_features, in_features), init_std, dtype))
         self.bias = nnx.Param(jnp.zeros(out_features, dtype)) if bias else None
 
     def reset_parameters(self, rngs: nnx.Rngs) -> None:
         weight = self.weight.get_value()
-        self.weight = nnx.Param(_normal(rngs.params(), weight.shape, self.init_std, weight.dtype))
+        self.weight = nnx.Param(_initial(rngs, weight.shape, self.init_std, weight.dtype))
         if self.bias is not None:
             self.bias = nnx.Param(jnp.zeros(weight.shape[:1], weight.dtype))
 
@@ -64,11 +79,11 @@ class Embedding(nnx.Module):
         self, num_embeddings: int, width: int, *, init_std: float, rngs: nnx.Rngs, dtype, zero_row: int | None = None
     ):
         self.init_std, self.zero_row = init_std, zero_row
-        self.weight = nnx.Param(_normal(rngs.params(), (num_embeddings, width), init_std, dtype, zero_row))
+        self.weight = nnx.Param(_initial(rngs, (num_embeddings, width), init_std, dtype, zero_row))
 
     def reset_parameters(self, rngs: nnx.Rngs) -> None:
         weight = self.weight.get_value()
-        self.weight = nnx.Param(_normal(rngs.params(), weight.shape, self.init_std, weight.dtype, self.zero_row))
+        self.weight = nnx.Param(_initial(rngs, weight.shape, self.init_std, weight.dtype, self.zero_row))
 
     def __call__(self, ids: Array) -> Array:
         """The rows of `ids`; NaN for an id below 0 or beyond the table, which a compiled function cannot refuse."""
@@ -105,6 +120,10 @@ def layer_norm(x: Array, weight: Array | float = 1.0, bias: Array | float = 0.0)
     y = y - y.mean(-1, keepdims=True)
     y = y * lax.rsqrt((y * y).mean(-1, keepdims=True) + LAYER_NORM_EPS)
     return (y * weight + bias).astype(x.dtype)
+
+
+def _initial(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype, zero_row: int | None = None) -> Array:
+    return jnp.zeros(shape, dtype) if _shapes_only.get() else _normal(rngs.params(), shape, std, dtype, zero_row)
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "std", "dtype", "zero_row"))

@@ -13,6 +13,7 @@ from conversion import push_folder, write_checkpoint
 from conversion.pretrained import Pretrained, open_pretrained
 from opt_core.config import OPTConfig
 from opt_core.schema import published_name, shapes
+from opt_flax.layers import shapes_only
 
 
 class LoadingMixin:
@@ -66,18 +67,20 @@ class LoadingMixin:
             token=token,
             subfolder=subfolder,
         )
-        model = cls._from_checkpoint(pretrained, attn_implementation, device, rngs or nnx.Rngs(0))
+        model = cls._from_checkpoint(pretrained, attn_implementation, device, rngs)
         info = {"missing_keys": list(pretrained.new), "unexpected_keys": list(pretrained.unused)}
         return (model, info) if output_loading_info else model
 
     @classmethod
-    def _from_checkpoint(cls, pretrained: Pretrained, attn_implementation: str, device, rngs: nnx.Rngs):
+    def _from_checkpoint(cls, pretrained: Pretrained, attn_implementation: str, device, rngs: nnx.Rngs | None):
         dtype = jnp.dtype(pretrained.dtype)
         device = jax.devices(device)[0] if isinstance(device, str) else device
-        model = nnx.eval_shape(lambda: cls(pretrained.config, attn_implementation=attn_implementation, dtype=dtype))
+        with shapes_only():
+            model = nnx.eval_shape(lambda: cls(pretrained.config, attn_implementation=attn_implementation, dtype=dtype))
         for name in shapes(pretrained.config, cls.task):
             owner, attribute = _owner(model, published_name(name, cls.task))
             if name in pretrained.new:
+                rngs = rngs or nnx.Rngs(0)
                 owner.reset_parameters(rngs)
                 continue
             array = from_numpy(pretrained.checkpoint.read(name), device).astype(dtype)
@@ -133,9 +136,13 @@ def _name_of(dtype) -> str | None:
     return dtype if dtype is None or isinstance(dtype, str) else jnp.dtype(dtype).name
 
 
-def _start_streams(model: nnx.Module, rngs: nnx.Rngs) -> None:
-    """Gives the random streams of an abstract model, one per dropout, their keys."""
+def _start_streams(model: nnx.Module, rngs: nnx.Rngs | None) -> None:
+    """Gives the random streams of an abstract model, one per dropout, a key each.
+
+    NumPy spreads the seed over them: splitting a key would compile functions, which takes longer than loading.
+    """
     streams = [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.RngStream)]
-    for stream, key in zip(streams, jax.random.split(rngs.dropout(), len(streams)) if streams else [], strict=True):
-        stream.key.set_value(key)
-        stream.count.set_value(jnp.zeros((), jnp.uint32))
+    seed = 0 if rngs is None else np.asarray(jax.random.key_data(rngs.dropout()))
+    for stream, key_seed in zip(streams, np.random.default_rng(seed).integers(2**32, size=len(streams)), strict=True):
+        stream.key.set_value(jax.random.key(key_seed.astype(np.uint32)))
+        stream.count.set_value(jax.device_put(np.zeros((), np.uint32)))

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -140,7 +141,11 @@ class FlaxOPTPreTrainedModel(LoadingMixin, nnx.Module):
         check_keywords(unknown, arguments_of(self.__call__))
         self.check_inputs(input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, logits_to_keep)
         attention_mask = as_tensor(attention_mask)
-        if attention_mask is not None and not isinstance(attention_mask, jax.core.Tracer) and attention_mask.all():
+        if (
+            attention_mask is not None
+            and not isinstance(attention_mask, jax.core.Tracer)
+            and np.asarray(attention_mask).all()
+        ):
             attention_mask = None  # nothing to pack, and no mask where none is needed
         return self.base_model.decoder(
             as_index(input_ids),
