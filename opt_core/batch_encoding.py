@@ -47,6 +47,14 @@ class BatchEncoding(dict):
         except KeyError:
             raise AttributeError(f"BatchEncoding has no entry {name!r}; it has {', '.join(self)}") from None
 
+    def __missing__(self, row):
+        """`encoding[0]`: the ids of row 0, as many as the `Encoding` has tokens that published code gets there."""
+        if not isinstance(row, int):
+            raise KeyError(row)
+        ids = self["input_ids"]
+        one_text = isinstance(ids, list) and all(isinstance(i, int) for i in ids)
+        return [ids][row] if one_text else ids[row]
+
     def to(self, device) -> "BatchEncoding":
         """Moves the torch tensors to `device`, in place, and returns itself.
 
