@@ -1,9 +1,9 @@
 """Causal self-attention in O(T) memory, TensorFlow: blocks of queries against blocks of keys, with a running softmax.
 
 TensorFlow has no fused attention on a CPU. These are loops of TensorFlow's own products, the same in eager mode, in
-graphs and under XLA, with dynamic batch and length; not one kernel, but no [T, T] array either, forward or backward. The
-running softmax is that of Milakov and Gimelshein (arXiv:1805.02867); the backward pass computes the weights anew from
-the saved logarithm of each row's sum (Dao et al., arXiv:2205.14135, appendix B). All inside is float32 at least.
+graphs and under XLA, with dynamic batch and length; not one kernel, but no [T, T] array either, forward or backward.
+The running softmax is that of Milakov and Gimelshein (arXiv:1805.02867); the backward pass computes the weights anew
+from the saved logarithm of each row's sum (Dao et al., arXiv:2205.14135, appendix B). All inside is float32 at least.
 """
 
 import tensorflow as tf

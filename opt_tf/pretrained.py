@@ -36,6 +36,10 @@ class TFOPTPreTrainedModel(LoadingMixin, keras.Model):
         self.built = True  # the subclasses make every weight in their constructor
         self.forget_compiled()
 
+    def __dir__(self) -> list[str]:
+        """Without `base_model`: Keras saves and loads what it finds here, and would not see the end of it."""
+        return [name for name in super().__dir__() if name != "base_model"]
+
     @property
     def base_model(self) -> "TFOPTPreTrainedModel":
         return self.model
@@ -70,7 +74,8 @@ class TFOPTPreTrainedModel(LoadingMixin, keras.Model):
         return self.base_model.decoder.embed_tokens
 
     def set_input_embeddings(self, embeddings: Embedding) -> None:
-        self.base_model.decoder.embed_tokens = embeddings
+        _replace_layer(self.base_model.decoder, "embed_tokens", embeddings)
+        self.name_weights()
         self.forget_compiled()
 
     def get_output_embeddings(self) -> Linear | Embedding | None:
@@ -95,7 +100,8 @@ class TFOPTPreTrainedModel(LoadingMixin, keras.Model):
         self.set_input_embeddings(_with_rows_of(self.get_input_embeddings(), new))
         head = self.get_output_embeddings()
         if head is not None and not config.tie_word_embeddings:
-            self.lm_head = _with_rows_of(head, Linear(config.word_embed_proj_dim, new_num_tokens, bias=False, **init))
+            new = Linear(config.word_embed_proj_dim, new_num_tokens, bias=False, **init)
+            _replace_layer(self, "lm_head", _with_rows_of(head, new))
         self.config.vocab_size = new_num_tokens
         self.name_weights()
         return self.get_input_embeddings()
@@ -114,8 +120,10 @@ class TFOPTPreTrainedModel(LoadingMixin, keras.Model):
         check_keywords(arguments.keys() - set(names), names)
         for name in arguments.keys() - _NOT_TENSORS:
             arguments[name] = as_tensor(arguments[name])
+        if training is not None:  # None would hide the value that an outer model passes down
+            arguments["training"] = training
         try:
-            return super().__call__(**arguments, training=training)
+            return super().__call__(**arguments)
         except RuntimeError as error:  # Keras 3.15 rewrites an error that it cannot make from one string
             raise error.__context__ if isinstance(error.__context__, ProblemsError) else error from None
 
@@ -225,6 +233,11 @@ _NOT_TENSORS = {
     "logits_to_keep",
     "training",
 }
+
+
+def _replace_layer(owner: keras.layers.Layer, name: str, layer: keras.layers.Layer) -> None:
+    owner._tracker.untrack(getattr(owner, name))  # Keras 3.15 keeps the weights of a replaced layer
+    setattr(owner, name, layer)
 
 
 def _with_rows_of(old: Linear | Embedding, new: Linear | Embedding) -> Linear | Embedding:
