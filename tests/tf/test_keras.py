@@ -1,4 +1,4 @@
-"""What Keras users expect: fit, evaluate, predict, policies, saving, a model inside a model; and one clear error otherwise."""
+"""What Keras users expect: fit, evaluate, predict, policies, saving, a model in a model; and clear errors."""
 
 import os
 import subprocess
@@ -184,11 +184,11 @@ def test_arguments_come_by_position_by_keyword_or_as_a_dict():
 
 def test_errors_pass_through_keras_as_they_are():
     model = TFOPTForCausalLM(config_of())
-    with pytest.raises(KeywordError, match="^invalid arguments: atention_mask: unknown keyword; did you mean atten"):
+    with pytest.raises(KeywordError, match=r"^invalid arguments: atention_mask: unknown keyword; did you mean atten"):
         model(token_ids(config_of()), atention_mask=np.ones(3))
-    with pytest.raises(InputError, match="^invalid arguments: input_ids: expected 0 to 96"):
+    with pytest.raises(InputError, match=r"^invalid arguments: input_ids: expected 0 to 96"):
         model(np.full((1, 3), 97))
-    with pytest.raises(InputError, match="^invalid arguments: labels: expected shape"):
+    with pytest.raises(InputError, match=r"^invalid arguments: labels: expected shape"):
         model(token_ids(config_of()), labels=np.zeros((1, 1), int))
 
 
