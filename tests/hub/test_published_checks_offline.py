@@ -17,6 +17,7 @@ from opt_core import OPTConfig, OPTTokenizer
 from opt_core.reference import causal_lm_loss
 
 EOS, PAD = 2, 1
+EXPECTED = ("values", "outputs", "output", "cross_entropy_loss", "ids")
 
 
 def all_texts(value, key: str = "") -> list[str]:
@@ -134,9 +135,6 @@ def spoil(entry: dict) -> None:
     while isinstance(where[key], list):
         where, key = where[key], 0
     where[key] = where[key] + ("!" if isinstance(where[key], str) else type(where[key])(1.001))
-
-
-EXPECTED = ("values", "outputs", "output", "cross_entropy_loss", "ids")
 
 
 @pytest.mark.parametrize("name", [name for name in CHECKS if not name.startswith("fp16")])

@@ -57,6 +57,7 @@ def test_the_published_class_of_the_framework_agrees_with_the_reference_and_with
         assert worst_row(mine[real], theirs[real]) <= 2 * FLOAT32_BOUND, name
 
 
+@pytest.mark.slow
 def test_the_published_class_of_the_framework_continues_a_left_padded_batch_as_ours_does(framework, tmp_path):
     config = config_of()  # the published Flax class cannot do without an id that ends texts
     save_random(tmp_path, config)
