@@ -20,7 +20,7 @@ class Outputs(NamedTuple):
 
     logits: np.ndarray  # [B, T, V] float64
     hidden_states: tuple[np.ndarray, ...]  # L + 1 entries, float64: the input of each layer, then the last hidden state
-    loss: float | None
+    loss: float
 
 
 class LoadedModel:
@@ -30,14 +30,13 @@ class LoadedModel:
         self.model = model
         self._to_numpy = to_numpy
 
-    def __call__(self, input_ids, attention_mask=None, labels=None) -> Outputs:
-        """Runs tokens [B, T]; a forward pass without cache, with all hidden states."""
+    def __call__(self, input_ids, attention_mask, labels) -> Outputs:
+        """Runs tokens [B, T] with a mask or None; a forward pass without cache, with all hidden states."""
         out = self.model(
             input_ids, attention_mask=attention_mask, labels=labels, output_hidden_states=True, use_cache=False
         )
         hidden_states = tuple(self._float64(x) for x in out.hidden_states)
-        loss = None if labels is None else float(self._float64(out.loss))
-        return Outputs(self._float64(out.logits), hidden_states, loss)
+        return Outputs(self._float64(out.logits), hidden_states, float(self._float64(out.loss)))
 
     def generate(self, input_ids, attention_mask=None, max_new_tokens: int = 20) -> np.ndarray:
         """Greedy token ids [B, T + n], prompt included."""

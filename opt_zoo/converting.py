@@ -1,7 +1,6 @@
 """`opt-zoo convert`: a checkpoint to another container, dtype or shard size, one tensor at a time."""
 
 import argparse
-import math
 import shutil
 from pathlib import Path
 
@@ -81,11 +80,11 @@ def copy_side_files(source: str, target: Path) -> list[Path]:
 
 def _print_written(source: str, target: Path, written: list[Path], *, as_json: bool) -> None:
     files = [{"name": path.name, "bytes": path.stat().st_size} for path in written]
-    total = math.fsum(file["bytes"] for file in files)
+    total = sum(path.stat().st_size for path in written)
     if as_json:
         print_json({"source": source, "target": str(target), "files": files})
         return
     console = stdout_console()
-    console.print(f"{source} -> {target}: {len(files)} files, {total:,.0f} bytes", markup=False, soft_wrap=True)
+    console.print(f"{source} -> {target}: {len(files)} files, {total:,} bytes", markup=False, soft_wrap=True)
     for file in files:
         console.print(f"  {file['name']}: {file['bytes']:,} bytes", markup=False, soft_wrap=True)

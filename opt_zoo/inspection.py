@@ -39,20 +39,18 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(checkpoint: Checkpoint, source: str) -> dict[str, Any]:
     """Everything that headers and config say, as JSON data."""
-    tensors = [
-        dict(name=name, shape=list(shape), dtype=checkpoint.dtypes[name]) for name, shape in checkpoint.shapes.items()
-    ]
+    shapes, dtypes = checkpoint.shapes, checkpoint.dtypes
     return {
         "source": source,
         "format": checkpoint.format,
         "task": checkpoint.task,
-        "parameters": sum(math.prod(tensor["shape"]) for tensor in tensors),
-        "bytes": sum(math.prod(t["shape"]) * DTYPES[t["dtype"]].itemsize for t in tensors),
-        "dtypes": dict(Counter(checkpoint.dtypes.values())),
+        "parameters": sum(map(math.prod, shapes.values())),
+        "bytes": sum(math.prod(shape) * DTYPES[dtypes[name]].itemsize for name, shape in shapes.items()),
+        "dtypes": dict(Counter(dtypes.values())),
         "config": checkpoint.config.to_dict(),
         "unknown_config_fields": sorted(checkpoint.config.extra),
         "problems": _problems(checkpoint),
-        "tensors": tensors,
+        "tensors": [dict(name=name, shape=list(shapes[name]), dtype=dtypes[name]) for name in shapes],
     }
 
 

@@ -56,7 +56,7 @@ class ParityResult:
 
     @property
     def passed(self) -> bool:
-        return all(cell.passed for cell in (*self.forward, *self.greedy))
+        return all(cell.passed for cell in self.forward) and all(text.passed for text in self.greedy)
 
 
 def run_parity(plan: ParityPlan, on_step: Callable[[str], None] = lambda _: None) -> ParityResult:
