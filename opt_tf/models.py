@@ -87,6 +87,9 @@ class TFOPTForCausalLM(GenerationMixin, TFOPTPreTrainedModel):
     def get_output_embeddings(self) -> Linear | Embedding:
         return self.get_input_embeddings() if self.lm_head is None else self.lm_head
 
+    def tie_weights(self) -> None:
+        """Nothing to do: a tied head has no variable of its own, it reads the word embeddings."""
+
     def logits(self, hidden_BTE: Tensor) -> Tensor:
         """Next-token logits [..., V] of hidden states [..., E]."""
         return linear(hidden_BTE, self.get_output_embeddings().weight)

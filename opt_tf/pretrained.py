@@ -85,7 +85,7 @@ class TFOPTPreTrainedModel(LoadingMixin, keras.Model):
         return self.base_model.decoder
 
     def tie_weights(self) -> None:
-        """Nothing to do: a tied head has no variable of its own, it reads the word embeddings."""
+        """Makes the head share the word embeddings again; nothing to do for a class without one."""
 
     def resize_token_embeddings(self, new_num_tokens: int, pad_to_multiple_of: int | None = None) -> Embedding:
         """Keeps the first rows of the word embeddings (and of an untied head); new rows start as in a new model.
