@@ -127,7 +127,8 @@ class Decoder(nnx.Module):
 
         -1, which no table has, for a position below 0 and for a real token beyond the capacity of the cache.
         """
-        lengths_B, capacity = (past.lengths, past.capacity) if past is not None and past.keys else (None, None)
+        lengths_B = None if past is None else past.lengths
+        capacity = past.capacity if past is not None and past.keys else None
         return _position_rows(position_ids, packing, lengths_B, x_BTD.shape[:2], capacity)
 
     def drop_layer(self, x_BTD: Array, y_BTD: Array) -> Array:
