@@ -155,5 +155,7 @@ def test_padding_beyond_the_capacity_is_not_an_overfull_cache(model):
 def test_a_wider_integer_does_not_wrap_into_the_vocabulary(model):
     ids = token_ids(model.config)
     ids[0, 0] = 2**32 + 5
-    with pytest.raises(ValueError, match=f"got {2**32 + 5} at row 0, column 0"):
+    with pytest.raises(ValueError, match=f"input_ids: .* got {2**32 + 5} at row 0, column 0"):
         model(ids)
+    with pytest.raises(ValueError, match="labels: expected 0 to 96"):
+        model(token_ids(model.config), labels=ids)
