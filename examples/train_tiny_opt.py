@@ -195,10 +195,11 @@ def unigram_loss(train_ids: Tensor, held_out_ids: Tensor, vocab_size: int) -> fl
 CARD = """\
 # {name}
 
-A small OPT ({style}) that can be loaded with no network: real training, real statistics, no knowledge of the world.
-For demonstrations and tests, not for use.
+A small OPT, {style}, to load with no network. Its training is real; of the world it knows nothing.
+It is for demonstrations and tests. Greedy text soon repeats itself, as that of any model of this size does.
 
-- Architecture: {sizes}; {parameters:,} parameters, stored in float16.
+- Architecture: {sizes}; {parameters:,} parameters,
+  stored in float16.
 - Data: Tiny Shakespeare, about 1 MB of Shakespeare's plays, which are in the public domain. The last 10 % of the
   characters were held out. The text itself is not part of this repository.
 - Tokenizer: byte-level BPE of {vocab_size} tokens with OPT's special ids, trained on the same 90 %. Prompts begin with
@@ -211,8 +212,8 @@ For demonstrations and tests, not for use.
 | as stored, rounded to float16 | {stored.nats_per_token:.4f} | {stored.bits_per_byte:.4f} |
 | token frequencies alone | {unigram:.4f} | |
 
-Training loss of the kept step, mean over the {evaluate_every} steps before it, dropout on: {train_loss:.4f}. Best of
-{evaluations} evaluations, after {best_step} of {steps} steps of {batch_tokens} tokens.
+Kept: the best of {evaluations} evaluations, at step {best_step} of {steps}, each of {batch_tokens} tokens. The mean training loss of the
+{evaluate_every} steps before it, with dropout, was {train_loss:.4f}.
 
 Made by, with PyTorch {torch_version}:
 
