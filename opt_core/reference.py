@@ -157,13 +157,13 @@ def causal_lm_loss(logits_BTV: Array, labels_BT: Array, attention_mask=None) -> 
 def question_answering_loss(start_BT: Array, end_BT: Array, starts_B, ends_B, attention_mask=None) -> float:
     """The mean of the losses of start and end, each a softmax over the real positions of its row.
 
-    A position of -100, or one beyond the sequence (a truncated answer), is not counted.
+    A position of -100, one at padding, or one beyond the sequence (a truncated answer) is not counted.
     """
-    if attention_mask is not None:
-        start_BT, end_BT = (np.where(np.asarray(attention_mask) != 0, x, -1e300) for x in (start_BT, end_BT))
+    real_BT = np.ones(start_BT.shape, bool) if attention_mask is None else np.asarray(attention_mask) != 0
+    start_BT, end_BT = (np.where(real_BT, x, -1e300) for x in (start_BT, end_BT))
     losses = []
     for logits_BT, positions_B in ((start_BT, np.asarray(starts_B)), (end_BT, np.asarray(ends_B))):
-        counted = (positions_B >= 0) & (positions_B < logits_BT.shape[1])
+        counted = (real_BT & (positions_B[:, None] == np.arange(real_BT.shape[1]))).any(1)
         losses.append(cross_entropy(logits_BT, positions_B, counted))
     return sum(losses) / 2
 

@@ -31,15 +31,16 @@ def question_answering_loss(
 ) -> Tensor:
     """The mean of the losses of start and end, each a softmax over the real positions of its row.
 
-    A position of -100, or one beyond the sequence (a truncated answer), is not counted.
+    A position of -100, one at padding, or one beyond the sequence (a truncated answer) is not counted.
     """
     losses = []
     for logits_BT, positions_B in ((start_BT, starts_B), (end_BT, ends_B)):
         logits_BT = at_least_float32(logits_BT)
+        target_BT = positions_B[:, None] == tf.range(tf.shape(logits_BT, tf.int64)[1])
         if attention_mask is not None:
             logits_BT = tf.where(tf.cast(attention_mask, tf.bool), logits_BT, logits_BT.dtype.min)
-        length = tf.shape(logits_BT, tf.int64)[1]
-        losses.append(cross_entropy(logits_BT, tf.where(positions_B < length, positions_B, IGNORED_LABEL)))
+            target_BT = target_BT & tf.cast(attention_mask, tf.bool)
+        losses.append(cross_entropy(logits_BT, tf.where(tf.reduce_any(target_BT, 1), positions_B, IGNORED_LABEL)))
     return (losses[0] + losses[1]) / 2
 
 

@@ -235,7 +235,7 @@ class TFOPTForQuestionAnswering(TFOPTPreTrainedModel):
     ) -> QuestionAnsweringOutput:
         """Start and end logits [B, T]; the loss where `start_positions` and `end_positions` [B] are given.
 
-        A position of -100, or one beyond the sequence (a truncated answer), is not counted.
+        A position of -100, one at padding, or one beyond the sequence (a truncated answer) is not counted.
         """
         out = self.decode(
             input_ids,

@@ -30,15 +30,16 @@ def question_answering_loss(
 ) -> Tensor:
     """The mean of the losses of start and end, each a softmax over the real positions of its row.
 
-    A position of -100, or one beyond the sequence (a truncated answer), is not counted.
+    A position of -100, one at padding, or one beyond the sequence (a truncated answer) is not counted.
     """
     losses = []
     for logits_BT, positions_B in ((start_BT, starts_B), (end_BT, ends_B)):
         logits_BT = _at_least_float32(logits_BT)
+        target_BT = positions_B[:, None] == torch.arange(logits_BT.shape[1], device=logits_BT.device)
         if attention_mask is not None:
             logits_BT = torch.where(attention_mask != 0, logits_BT, torch.finfo(logits_BT.dtype).min)
-        positions_B = torch.where(positions_B < logits_BT.shape[1], positions_B, IGNORED_LABEL)
-        losses.append(cross_entropy(logits_BT, positions_B))
+            target_BT = target_BT & (attention_mask != 0)
+        losses.append(cross_entropy(logits_BT, torch.where(target_BT.any(1), positions_B, IGNORED_LABEL)))
     return (losses[0] + losses[1]) / 2
 
 

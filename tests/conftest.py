@@ -15,15 +15,15 @@ def pytest_addoption(parser):
     parser.addoption("--backends", default=",".join(BACKENDS), help="backends to test, separated by commas")
 
 
-def backends_asked_for(config) -> list[str]:
-    names = config.getoption("--backends").split(",")
-    unknown = [name for name in names if name not in BACKENDS]
+def pytest_configure(config):
+    unknown = sorted(set(config.getoption("--backends").split(",")) - set(BACKENDS))
     if unknown:
         raise pytest.UsageError(f"--backends: expected some of {', '.join(BACKENDS)}, got {', '.join(unknown)}")
-    return names
 
 
 def pytest_generate_tests(metafunc):
+    from harness import backends_asked_for
+
     if "backend" in metafunc.fixturenames:
         metafunc.parametrize("backend", backends_asked_for(metafunc.config), indirect=True, scope="session")
 
@@ -39,6 +39,6 @@ def backend(request):
 @pytest.fixture(scope="session")
 def backends(request):
     """All backends of `--backends`."""
-    from harness import load_backend
+    from harness import backends_asked_for, load_backend
 
     return [load_backend(name) for name in backends_asked_for(request.config)]

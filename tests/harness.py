@@ -92,6 +92,11 @@ def worst_row(got: np.ndarray, truth: np.ndarray) -> float:
     return float(np.where(size > 0, error / np.where(size > 0, size, 1), np.where(error == 0, 0, np.inf)).max())
 
 
+def backends_asked_for(config) -> list[str]:
+    """The names in `--backends`."""
+    return config.getoption("--backends").split(",")
+
+
 class Backend:
     """One framework. `prefix` is that of its class names."""
 

@@ -80,7 +80,7 @@ LOADED = "import sys; print(' '.join(sorted(m for m in {frameworks} if m in sys.
     ],
 )
 def test_importing_a_package_loads_no_framework_but_its_own(statement, allowed, request):
-    from conftest import backends_asked_for
+    from harness import backends_asked_for
 
     backend = statement.removeprefix("import opt_")
     if backend in ("torch", "tf", "flax") and backend not in backends_asked_for(request.config):

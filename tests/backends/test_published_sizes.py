@@ -1,6 +1,7 @@
 """Every published size, by shape only: the modules of each backend ask for exactly the weights of the schema."""
 
 import pytest
+from harness import backends_asked_for, load_backend
 
 from opt_core import OPTConfig
 from opt_core.config import PRESETS
@@ -44,9 +45,6 @@ def _expected(config: OPTConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _only(request, name: str):
-    from conftest import backends_asked_for
-    from harness import load_backend
-
     if name not in backends_asked_for(request.config):
         pytest.skip(f"{name} is not among --backends")
     return load_backend(name)

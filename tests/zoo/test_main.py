@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import FakeBackend
+from fakes import FakeBackend
 
 from opt_zoo.backends import BACKENDS, installed_backends, load_backend
 

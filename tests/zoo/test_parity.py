@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import BackendOnAlteredWeights, FakeBackend, FakeModel
+from fakes import BackendOnAlteredWeights, FakeBackend, FakeModel
 from harness import config_of, save_random
 
 from opt_core.reference import Reference

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from conftest import FakeBackend, FakeModel
+from fakes import FakeBackend, FakeModel
 
 from opt_zoo.heatmap import error_shares, write_heatmap
 from opt_zoo.parity_run import ParityPlan, run_parity
