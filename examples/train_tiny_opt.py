@@ -195,11 +195,10 @@ def unigram_loss(train_ids: Tensor, held_out_ids: Tensor, vocab_size: int) -> fl
 CARD = """\
 # {name}
 
-A small OPT, {style}, to load with no network. Its training is real; of the world it knows nothing.
-It is for demonstrations and tests. Greedy text soon repeats itself, as that of any model of this size does.
+A small OPT, {style}.
+It is for demonstrations and tests that need trained weights and no network. Greedy text soon repeats itself.
 
-- Architecture: {sizes}; {parameters:,} parameters,
-  stored in float16.
+- Architecture: {sizes}; {parameters:,} parameters, stored in float16.
 - Data: Tiny Shakespeare, about 1 MB of Shakespeare's plays, which are in the public domain. The last 10 % of the
   characters were held out. The text itself is not part of this repository.
 - Tokenizer: byte-level BPE of {vocab_size} tokens with OPT's special ids, trained on the same 90 %. Prompts begin with
@@ -212,8 +211,8 @@ It is for demonstrations and tests. Greedy text soon repeats itself, as that of 
 | as stored, rounded to float16 | {stored.nats_per_token:.4f} | {stored.bits_per_byte:.4f} |
 | token frequencies alone | {unigram:.4f} | |
 
-Kept: the best of {evaluations} evaluations, at step {best_step} of {steps}, each of {batch_tokens} tokens. The mean training loss of the
-{evaluate_every} steps before it, with dropout, was {train_loss:.4f}.
+Kept: the best of {evaluations} evaluations, at step {best_step} of {steps}, each of {batch_tokens} tokens.
+The mean training loss of the {evaluate_every} steps before it, with dropout, was {train_loss:.4f}.
 
 Made by, with PyTorch {torch_version}:
 
@@ -223,11 +222,12 @@ Made by, with PyTorch {torch_version}:
 
 def write_card(folder: Path, model: OPTForCausalLM, **measured) -> None:
     c = model.config
-    style_350m = "in the style of opt-350m: post-norm, with projections of the word embeddings"
+    style_350m = "in the style of opt-350m (post-norm, with projections of the word embeddings)"
     style = "pre-norm" if c.do_layer_norm_before else style_350m
     sizes = (
-        f"{c.num_hidden_layers} layers of width {c.hidden_size}, {c.num_attention_heads} heads of {c.head_size},\n"
-        f"  feed-forward {c.ffn_dim}, word embeddings of {c.word_embed_proj_dim}, {c.max_position_embeddings} positions"
+        f"{c.num_hidden_layers} layers of width {c.hidden_size}, {c.num_attention_heads} heads of {c.head_size}, "
+        f"feed-forward {c.ffn_dim},\n"
+        f"  word embeddings of {c.word_embed_proj_dim}, {c.max_position_embeddings} positions"
     )
     card = CARD.format(
         name=folder.name,
