@@ -107,7 +107,7 @@ def open_checkpoint(source: str | os.PathLike, *, config: OPTConfig | None = Non
     path = Path(source)
     format, weights = _find_weights(path)
     if config is None:
-        config = _read_config(path if path.is_dir() else path.parent)
+        config = read_config(path)
     if weights.suffix == ".json":
         files = _open_shards(weights, format, verify)
     else:
@@ -127,7 +127,9 @@ def _find_weights(path: Path) -> tuple[Format, Path]:
     raise CheckpointError(str(path), [f"expected a file that ends in one of {suffixes} (or such an index)"])
 
 
-def _read_config(folder: Path) -> OPTConfig:
+def read_config(source: Path) -> OPTConfig:
+    """The config.json of a folder, or that beside a weight file."""
+    folder = source if source.is_dir() else source.parent
     if not (folder / CONFIG_NAME).is_file():
         raise CheckpointError(str(folder), [f"{CONFIG_NAME}: missing; put it beside the weights, or give a config"])
     return OPTConfig.from_json(folder / CONFIG_NAME)

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from opt_core.config import read_json_object
 from opt_core.errors import CheckpointError, ConfigError, InputError, raise_if
+from opt_core.json_file import read_json_object
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _NUMBERED = re.compile(r"-(\d{5,})-of-(\d{5,})\.")

@@ -5,9 +5,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from conversion.checkpoint import Checkpoint, open_checkpoint
+from conversion.checkpoint import Checkpoint, open_checkpoint, read_config
 from conversion.hub import resolve
-
 from opt_core.config import DTYPES, OPTConfig
 from opt_core.errors import ConfigError, InputError, raise_if
 from opt_core.schema import SCHEMA, head_names, shapes
@@ -52,8 +51,9 @@ def open_pretrained(
         "from_pretrained",
         [f"{name}: neither an argument nor a field of OPTConfig" for name in overrides if name not in known],
     )
-    checkpoint = open_checkpoint(resolve(source, **hub_options), config=config)
-    config = (config or checkpoint.config).replace(**overrides)
+    path = resolve(source, **hub_options)
+    checkpoint = open_checkpoint(path, config=(config or read_config(path)).replace(**overrides))
+    config = checkpoint.config
     heads = {row.name for row in SCHEMA if len(row.tasks) == 1}
     unused = tuple(name for name in checkpoint.shapes if name in heads and name not in shapes(config, task))
     new = tuple(name for name in head_names(task) if name not in checkpoint.shapes)

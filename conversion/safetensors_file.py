@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple
 
 from conversion.stored import DTYPES, StoredTensor
-from opt_core.config import MAX_JSON_BYTES
 from opt_core.errors import CheckpointError, raise_if
+from opt_core.json_file import MAX_JSON_BYTES, unique_keys
 
 MAX_HEADER_BYTES = MAX_JSON_BYTES  # the format allows 100 MB; OPT's largest, 1540 tensors, takes 0.3 MB
 ALIGNMENT = 64  # of the first tensor in files that are written
@@ -71,20 +71,11 @@ def _header_length(file: BinaryIO, size: int, path: Path) -> int:
 
 def _parse(header: bytes, path: Path) -> dict[str, Any]:
     try:
-        fields = json.loads(header.decode("utf-8"), object_pairs_hook=_unique_keys)
+        fields = json.loads(header.decode("utf-8"), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(str(path), [f"header: not valid JSON: {error}"]) from None
     if not isinstance(fields, dict):
         raise CheckpointError(str(path), [f"header: expected a JSON object, got {type(fields).__name__}"])
-    return fields
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in fields:
-            raise ValueError(f"duplicate key {key!r}")
-        fields[key] = value
     return fields
 
 

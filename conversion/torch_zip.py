@@ -18,8 +18,8 @@ from typing import IO, BinaryIO
 from conversion import torch_pickle
 from conversion.safetensors_file import ALIGNMENT, PlannedTensor
 from conversion.stored import DTYPES, StoredTensor, row_major_strides
-from opt_core.config import MAX_JSON_BYTES
 from opt_core.errors import CheckpointError, raise_if
+from opt_core.json_file import MAX_JSON_BYTES
 
 MAX_PICKLE_BYTES = MAX_JSON_BYTES  # OPT's largest, 1540 tensors, takes 0.3 MB
 _LEGACY_MAGIC = (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", b"\x80\x02}", b"\x80\x02c")

@@ -1,4 +1,4 @@
-"""The truth about OPT, without any framework: config, weight schema, float64 reference, tokenizer, rules of generation."""
+"""The truth about OPT, without a framework: config, weight schema, float64 reference, tokenizer, generation rules."""
 
 from opt_core.config import OPTConfig
 

@@ -7,7 +7,7 @@ Backends pass shapes always, and values (NumPy arrays) where they are known: eag
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,9 +20,9 @@ ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
 class Known(NamedTuple):
     """An argument: its shape, and its values where they are known outside a compiled function."""
 
-    shape: tuple[int | None, ...]
+    shape: tuple[Any, ...]  # integers; None where a traced function does not know a size
     dtype: str  # NumPy's name, "int64"
-    values: np.ndarray | None = None
+    values: Any = None  # a NumPy array, or None
 
 
 class KnownCache(NamedTuple):
@@ -71,6 +71,7 @@ def _source_problems(config: OPTConfig, input_ids: Known | None, inputs_embeds: 
                 f"got {inputs_embeds.shape}"
             ]
         return []
+    assert input_ids is not None
     if not _is_integer(input_ids.dtype):
         return [f"input_ids: expected an integer dtype, got {input_ids.dtype}"]
     if len(input_ids.shape) != 2 or input_ids.shape[1] == 0:

@@ -1,21 +1,20 @@
 """The configuration of an OPT model: published field names and defaults, presets by name, strict validation.
 
-Field names, their order and their defaults are those of the published `OPTConfig`; the sizes of the presets are from
-Zhang et al., "OPT: Open Pre-trained Transformer Language Models" (arXiv:2205.01068), table 1, and from Taylor et al.,
-"Galactica" (arXiv:2211.09085), table 5. This module imports no framework.
+Field names, their order and their defaults are those of the published `OPTConfig`.
 """
 
 import copy
 import dataclasses
 import json
 import logging
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from opt_core.errors import ConfigError, raise_if
+from opt_core.json_file import read_json_object
+from opt_core.presets import PRESETS
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +24,6 @@ LAYER_NORM_EPS = 1e-5
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu")  # gelu is the erf form, gelu_new the tanh form
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 DTYPES = ("float32", "float16", "bfloat16")
-MAX_JSON_BYTES = 10 * 1024 * 1024
 
 # Bounds far above any published size: a damaged config must not lead to a giant allocation.
 _SIZE_BOUNDS = {
@@ -78,7 +76,7 @@ class OPTConfig:
     max_position_embeddings: int = 2048
     do_layer_norm_before: bool = True
     _remove_final_layer_norm: bool = False
-    word_embed_proj_dim: int | None = None
+    word_embed_proj_dim: int = None  # type: ignore[assignment]  # hidden_size
     dropout: float = 0.1
     attention_dropout: float = 0.0
     num_attention_heads: int = 12
@@ -93,9 +91,9 @@ class OPTConfig:
     layer_norm_elementwise_affine: bool = True
     tie_word_embeddings: bool = True
     torch_dtype: str | None = None
-    num_labels: int | None = None
-    id2label: dict[int, str] | None = None
-    label2id: dict[str, int] | None = None
+    num_labels: int = None  # type: ignore[assignment]  # as many as id2label has, or 2
+    id2label: dict[int, str] = None  # type: ignore[assignment]
+    label2id: dict[str, int] = None  # type: ignore[assignment]
     problem_type: str | None = None
     output_attentions: bool = False
     output_hidden_states: bool = False
@@ -305,48 +303,7 @@ class OPTConfig:
         return OPTConfig(**{**fields, **changes})
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Reads one JSON object; refuses duplicate keys, numbers that are not finite, and files over 10 MB.
-
-    Raises:
-        ConfigError: names the file and what is wrong with it.
-        FileNotFoundError: there is no such file.
-    """
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise ConfigError(str(path), [f"expected at most {MAX_JSON_BYTES} bytes of JSON, got {path.stat().st_size}"])
-    try:
-        value = json.loads(
-            path.read_text(encoding="utf-8"),
-            object_pairs_hook=_unique_keys,
-            parse_constant=_refuse_constant,
-            parse_float=_finite,
-        )
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(str(path), [f"not valid JSON: {error}"]) from None
-    if not isinstance(value, dict):
-        raise ConfigError(str(path), [f"expected a JSON object, got {type(value).__name__}"])
-    return value
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        seen: set[str] = set()
-        raise ValueError(f"duplicate key {next(k for k, _ in pairs if k in seen or seen.add(k))!r}")
-    return fields
-
-
-def _refuse_constant(name: str):
-    raise ValueError(f"the constant {name} is not JSON")
-
-
-def _finite(text: str) -> float:
-    if math.isinf(float(text)):
-        raise ValueError(f"{text} is not a finite number")
-    return float(text)
-
-
-def _is_int(value) -> bool:
+def _is_int(value) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -356,29 +313,3 @@ def _is_number(value) -> bool:
 
 def _int_if_digits(key):
     return int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 10 else key
-
-
-def _size(width: int, layers: int, heads: int, **more) -> dict[str, Any]:
-    return dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, ffn_dim=4 * width, **more)
-
-
-def _galactica(width: int, layers: int, heads: int) -> dict[str, Any]:
-    return _size(width, layers, heads, vocab_size=50000, activation_function="gelu", bos_token_id=0)
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "opt-125m": _size(768, 12, 12),
-    "opt-350m": _size(1024, 24, 16, word_embed_proj_dim=512, do_layer_norm_before=False),
-    "opt-1.3b": _size(2048, 24, 32),
-    "opt-2.7b": _size(2560, 32, 32),
-    "opt-6.7b": _size(4096, 32, 32),
-    "opt-13b": _size(5120, 40, 40),
-    "opt-30b": _size(7168, 48, 56),
-    "opt-66b": _size(9216, 64, 72),
-    "opt-175b": _size(12288, 96, 96),
-    "galactica-125m": _galactica(768, 12, 12),
-    "galactica-1.3b": _galactica(2048, 24, 32),
-    "galactica-6.7b": _galactica(4096, 32, 32),
-    "galactica-30b": _galactica(7168, 48, 56),
-    "galactica-120b": _galactica(10240, 96, 80),
-}

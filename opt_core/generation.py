@@ -75,6 +75,7 @@ def plan_generation(
         check_inputs(config, input_ids=input_ids, attention_mask=attention_mask)
     except InputError as error:  # what follows reads the prompt
         raise InputError("generate", [*error.problems, *problems]) from None
+    assert input_ids is not None  # or the check above would have refused it
     ids = np.asarray(input_ids.values).astype(np.int64)
     real = _real_tokens(ids, attention_mask, pad, eos)
     problems += [f"attention_mask: row {row} has no real token" for row in np.flatnonzero(~real.any(1))]
@@ -104,7 +105,7 @@ def _id_problems(config: OPTConfig, **ids: tuple) -> list[str]:
 def _real_tokens(ids: np.ndarray, attention_mask: Known | None, pad: int, eos: tuple[int, ...]) -> np.ndarray:
     if attention_mask is not None:
         return attention_mask.values != 0
-    return (ids != pad) if pad not in eos else np.ones(ids.shape, bool)
+    return np.not_equal(ids, pad) if pad not in eos else np.ones(ids.shape, bool)
 
 
 def _new_tokens(config: OPTConfig, real: np.ndarray, max_new_tokens, max_length) -> tuple[int, list[str]]:

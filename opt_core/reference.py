@@ -19,13 +19,14 @@ IGNORED_LABEL = -100
 
 Array = np.ndarray
 
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
 ACTIVATION_FUNCTIONS = {
     "relu": lambda x: np.maximum(x, 0),
     "gelu": lambda x: x * 0.5 * (1 + _erf(x / math.sqrt(2))),
     "gelu_new": lambda x: x * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     "silu": lambda x: x / (1 + np.exp(-x)),
 }
-_erf = np.vectorize(math.erf, otypes=[np.float64])
 
 
 class ReferenceOutput(NamedTuple):
@@ -163,7 +164,7 @@ def question_answering_loss(start_BT: Array, end_BT: Array, starts_B, ends_B, at
     start_BT, end_BT = (np.where(real_BT, x, -1e300) for x in (start_BT, end_BT))
     losses = []
     for logits_BT, positions_B in ((start_BT, np.asarray(starts_B)), (end_BT, np.asarray(ends_B))):
-        counted = (real_BT & (positions_B[:, None] == np.arange(real_BT.shape[1]))).any(1)
+        counted = (real_BT & (positions_B[:, None] == np.arange(start_BT.shape[1]))).any(1)
         losses.append(cross_entropy(logits_BT, positions_B, counted))
     return sum(losses) / 2
 

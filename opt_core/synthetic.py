@@ -1,8 +1,8 @@
 """Random checkpoints from the schema alone: what tests, benchmarks and demonstrations use in place of trained weights.
 
-Every bias and every norm weight is random, because zeros and ones hide a swapped or forgotten tensor; the square matrices of
-a layer are random too, because no shape check sees a forgotten transpose. Not an initialisation for training: that is each
-backend's own, with `init_std`.
+Every bias and every norm weight is random, because zeros and ones hide a swapped or forgotten tensor; the square
+matrices of a layer are random too, because no shape check sees a forgotten transpose. Not an initialisation for
+training: that is each backend's own, with `init_std`.
 """
 
 import hashlib

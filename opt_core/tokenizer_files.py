@@ -17,8 +17,8 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
-from opt_core.config import read_json_object
 from opt_core.errors import ConfigError, raise_if
+from opt_core.json_file import read_json_object
 from opt_core.tokenizer_settings import FLAGS, OPT_ROLES, ROLES, SETTINGS, TokenizerError, as_added_token, is_token
 from opt_core.tokenizer_template import Template, post_processor_of, template_of
 

@@ -203,10 +203,10 @@ class FlaxOPTForSequenceClassification(FlaxOPTPreTrainedModel):
         logits_BK = self.score(pool_last_token(hidden_BTE, mask_BT))
         loss = None
         if labels is not None:
-            loss = self.loss(logits_BK, as_tensor(labels))
+            loss = self.task_loss(logits_BK, as_tensor(labels))
         return SequenceClassifierOutput(loss, logits_BK, out.past_key_values, out.hidden_states, out.attentions)
 
-    def loss(self, logits_BK: Array, labels: Array) -> Array:
+    def task_loss(self, logits_BK: Array, labels: Array) -> Array:
         (B, K), problem_type = logits_BK.shape, self.config.problem_type_of(known(labels, values=False).dtype)
         if problem_type == "single_label_classification":
             labels = as_index(labels.reshape(-1))
@@ -271,10 +271,10 @@ class FlaxOPTForQuestionAnswering(FlaxOPTPreTrainedModel):
         if mask_BT is not None:
             logits_BT2 = jnp.where(mask_BT[..., None] != 0, logits_BT2, 0)
         start_BT, end_BT = logits_BT2[..., 0], logits_BT2[..., 1]
-        loss = self.loss(start_BT, end_BT, start_positions, end_positions, mask_BT)
+        loss = self.task_loss(start_BT, end_BT, start_positions, end_positions, mask_BT)
         return QuestionAnsweringOutput(loss, start_BT, end_BT, out.past_key_values, out.hidden_states, out.attentions)
 
-    def loss(self, start_BT: Array, end_BT: Array, starts_B, ends_B, mask_BT: Array | None) -> Array | None:
+    def task_loss(self, start_BT: Array, end_BT: Array, starts_B, ends_B, mask_BT: Array | None) -> Array | None:
         if starts_B is None and ends_B is None:
             return None
         if starts_B is None or ends_B is None:

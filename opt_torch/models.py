@@ -172,10 +172,10 @@ class OPTForSequenceClassification(OPTPreTrainedModel):
         logits_BK = self.score(pool_last_token(hidden_BTE, mask_BT))
         loss = None
         if labels is not None:
-            loss = self.loss(logits_BK, as_tensor(labels, self.device))
+            loss = self.task_loss(logits_BK, as_tensor(labels, self.device))
         return SequenceClassifierOutput(loss, logits_BK, out.past_key_values, out.hidden_states, out.attentions)
 
-    def loss(self, logits_BK: Tensor, labels: Tensor) -> Tensor:
+    def task_loss(self, logits_BK: Tensor, labels: Tensor) -> Tensor:
         (B, K), problem_type = logits_BK.shape, self.config.problem_type_of(known(labels, values=False).dtype)
         if problem_type == "single_label_classification":
             labels = as_index(labels.reshape(-1), self.device)
@@ -231,10 +231,10 @@ class OPTForQuestionAnswering(OPTPreTrainedModel):
         if mask_BT is not None:
             logits_BT2 = torch.where(mask_BT[..., None] != 0, logits_BT2, 0)
         start_BT, end_BT = logits_BT2.unbind(-1)
-        loss = self.loss(start_BT, end_BT, start_positions, end_positions, mask_BT)
+        loss = self.task_loss(start_BT, end_BT, start_positions, end_positions, mask_BT)
         return QuestionAnsweringOutput(loss, start_BT, end_BT, out.past_key_values, out.hidden_states, out.attentions)
 
-    def loss(self, start_BT: Tensor, end_BT: Tensor, starts_B, ends_B, mask_BT: Tensor | None) -> Tensor | None:
+    def task_loss(self, start_BT: Tensor, end_BT: Tensor, starts_B, ends_B, mask_BT: Tensor | None) -> Tensor | None:
         if starts_B is None and ends_B is None:
             return None
         if starts_B is None or ends_B is None:

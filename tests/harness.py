@@ -4,6 +4,7 @@ import importlib
 import tempfile
 from functools import lru_cache
 from pathlib import Path
+from typing import ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -100,7 +101,7 @@ def backends_asked_for(config) -> list[str]:
 class Backend:
     """One framework. `prefix` is that of its class names."""
 
-    CLASSES = {
+    CLASSES: ClassVar = {
         "base": "OPTModel",
         "causal-lm": "OPTForCausalLM",
         "sequence-classification": "OPTForSequenceClassification",
@@ -189,7 +190,7 @@ class TFBackend(Backend):
         return float(loss), {name: self.numpy(g) for name, g in zip(names, gradients, strict=True)}
 
     def dtype_of(self, x) -> str:
-        return x.dtype.name
+        return getattr(x.dtype, "name", x.dtype)  # a Keras variable says a string
 
 
 class FlaxBackend(Backend):

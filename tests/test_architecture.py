@@ -75,7 +75,7 @@ LOADED = "import sys; print(' '.join(sorted(m for m in {frameworks} if m in sys.
         ("import conversion", set()),
         ("import opt_zoo.main", set()),
         ("import opt_torch", {"torch"}),
-        ("import opt_tf", {"tensorflow", "keras"}),
+        ("import opt_tf", {"tensorflow", "keras", "jax"}),  # TensorFlow 2.21 loads jax itself where it finds it
         ("import opt_flax", {"jax", "flax"}),
     ],
 )
@@ -119,7 +119,8 @@ def outline(path: Path) -> list[str]:
             lines.append(_neutral(node.name))
         if isinstance(node, ast.ClassDef):
             methods = (item for item in node.body if isinstance(item, ast.FunctionDef))
-            lines += [f"{_neutral(node.name)}.{m.name}" for m in methods if not m.name.startswith("_")]
+            public = (m.name for m in methods if not m.name.startswith("_") or m.name in SAME_METHOD)
+            lines += [f"{_neutral(node.name)}.{name}" for name in public]
     return lines
 
 
@@ -128,7 +129,7 @@ def _neutral(name: str) -> str:
 
 
 # The name by which a framework calls a module, and what only one framework needs.
-SAME_METHOD = {"call": "forward"}
+SAME_METHOD = {"call": "forward", "__call__": "forward"}
 FRAMEWORK_ONLY = {
     "opt_torch": {"accept_published_names", "Linear.reset_parameters", "Embedding.reset_parameters"},
     "opt_tf": set(),

@@ -1,4 +1,4 @@
-"""from_pretrained and save_pretrained: what one backend saves, every other loads; what does not fit is refused whole."""
+"""from_pretrained and save_pretrained: what one backend saves, all load; what does not fit is refused whole."""
 
 import itertools
 import json
@@ -119,6 +119,18 @@ def test_a_foreign_untied_head_is_left_out_and_named(backend, tmp_path, caplog):
     _, info = backend.model_class("base").from_pretrained(tmp_path, output_loading_info=True)
     assert info["unexpected_keys"] == ["lm_head.weight"]
     assert "lm_head.weight" in caplog.text
+
+
+def test_a_stored_head_can_be_kept_by_untying_it(backend, tmp_path):
+    config = config_of("untied head")
+    save_random(tmp_path, config)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**fields, "tie_word_embeddings": True}))
+    with pytest.raises(ValueError, match="a config with tie_word_embeddings=false keeps both"):
+        backend.model_class().from_pretrained(tmp_path)
+    model = backend.model_class().from_pretrained(tmp_path, tie_word_embeddings=False)
+    want = rounded_weights(config)["lm_head.weight"]
+    np.testing.assert_array_equal(backend.numpy(model.weight("lm_head.weight")), want)
 
 
 def test_everything_wrong_with_a_checkpoint_is_said_at_once(backend, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 from harness import backends_asked_for, load_backend
 
 from opt_core import OPTConfig
-from opt_core.config import PRESETS
+from opt_core.presets import PRESETS
 from opt_core.schema import published_name, shapes
 
 SMALL = ("opt-125m", "opt-350m", "galactica-125m")

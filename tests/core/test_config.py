@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opt_core.config import ACTIVATIONS, DTYPES, MAX_JSON_BYTES, PRESETS, PROBLEM_TYPES, OPTConfig, read_json_object
+from opt_core.config import ACTIVATIONS, DTYPES, PROBLEM_TYPES, OPTConfig
 from opt_core.errors import ConfigError
+from opt_core.json_file import MAX_JSON_BYTES, read_json_object
+from opt_core.presets import PRESETS
 
 # A published file of 2022, with the fields that its tools added.
 PUBLISHED_350M = {

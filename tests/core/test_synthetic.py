@@ -34,4 +34,5 @@ def test_a_tensor_depends_on_the_seed_and_on_its_name_but_not_on_the_other_tenso
     assert not any(np.array_equal(first[name], other[name]) for name in first)
     deeper = dict(random_tensors(many, seed=3))
     shared = first.keys() & deeper.keys()
-    assert shared and all(np.array_equal(first[name], deeper[name]) for name in shared)
+    assert shared
+    assert all(np.array_equal(first[name], deeper[name]) for name in shared)
