@@ -123,12 +123,11 @@ def _real_tokens(mask: Known | None, source: Known) -> np.ndarray | None:
 
 
 def _length_problems(config: OPTConfig, real, length, mask, cache: KnownCache | None) -> list[str]:
-    if real is None:
-        if mask is None and length is not None and length > config.max_position_embeddings:
-            return [_too_long(config, length)]
-        return []
-    cached_B = 0 if cache is None else cache.lengths
-    if cached_B is None:
+    if mask is None and cache is None:
+        too_long = length is not None and length > config.max_position_embeddings
+        return [_too_long(config, length)] if too_long else []
+    cached_B = np.zeros(1, int) if cache is None else cache.lengths
+    if cached_B is None or real is None:
         return []
     longest = int(np.max(cached_B + real.sum(1), initial=0))
     if longest > config.max_position_embeddings:

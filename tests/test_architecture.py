@@ -1,6 +1,7 @@
 """The shape of the project: imports point one way, an import stays light, the three backends define the same things."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -167,3 +168,10 @@ def test_no_file_is_named_for_nothing():
     packages = [*MAY_IMPORT, "tests", "examples", "benchmarks"]
     names = {path.stem for package in packages for path in (ROOT / package).rglob("*.py")}
     assert not names & vague
+
+
+def test_the_tree_in_the_readme_names_every_file():
+    tree = (ROOT / "README.md").read_text().partition("## The tree")[2]
+    listed = set(re.findall(r"^  (\w+\.py)", tree, re.M))
+    files = {path.name for package in MAY_IMPORT for path in (ROOT / package).glob("*.py")}
+    assert listed == {name for name in files if not name.startswith("__")}

@@ -1,0 +1,88 @@
+"""What only PyTorch has: state dicts of published files, torch.compile without graph breaks, the fused operator."""
+
+import numpy as np
+import pytest
+from harness import backends_asked_for, config_of, load_backend, mask_named, rounded_weights, token_ids
+
+from opt_core.schema import published_name
+
+
+@pytest.fixture(scope="module")
+def backend(request):
+    if "torch" not in backends_asked_for(request.config):
+        pytest.skip("torch is not among --backends")
+    return load_backend("torch")
+
+
+def state_dict(backend, config, rename=published_name, *, head=False):
+    weights = rounded_weights(config)
+    named = {rename(name): backend.torch.from_numpy(weight) for name, weight in weights.items()}
+    if head:
+        named["lm_head.weight"] = named[rename("decoder.embed_tokens.weight")]
+    return named
+
+
+@pytest.mark.parametrize("variant", ["pre-norm", "350m style", "galactica style", "untied head"])
+@pytest.mark.parametrize("prefix", ["model.", ""], ids=["model.decoder", "decoder"])
+@pytest.mark.parametrize("head", [True, False], ids=["head stored", "head left out"])
+def test_published_state_dicts_load_as_they_are(backend, variant, prefix, head):
+    config = config_of(variant)
+    stored = state_dict(
+        backend,
+        config,
+        lambda name: prefix + name if name.startswith("decoder.") else name,
+        head=head and config.tie_word_embeddings,
+    )
+    model = backend.model_class()(config).eval()
+    model.load_state_dict(stored)
+    ids = token_ids(config)
+    want = backend.random_model(config)(ids).logits
+    np.testing.assert_array_equal(backend.numpy(model(ids).logits), backend.numpy(want))
+    if config.tie_word_embeddings:
+        assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+def test_a_state_dict_has_the_published_names(backend):
+    config = config_of("350m style")
+    got = backend.model_class()(config).state_dict()
+    assert set(got) == {published_name(name) for name in rounded_weights(config)} | {"lm_head.weight"}
+
+
+def test_a_head_stays_tied_through_a_move_and_a_copy(backend):
+    import copy
+
+    for changed in (
+        backend.random_model(config_of()).double(),
+        copy.deepcopy(backend.random_model(config_of())),
+        backend.random_model(config_of()).to("cpu", backend.torch.bfloat16),
+    ):
+        assert changed.lm_head.weight is changed.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("case", ["alone", "mask", "cache", "labels", "positions"])
+def test_a_call_compiles_into_one_graph(backend, case):
+    torch, config = backend.torch, config_of()
+    model, ids = backend.random_model(config), torch.as_tensor(token_ids(config))
+    mask = torch.as_tensor(mask_named("left"))
+    arguments = {
+        "alone": {},
+        "mask": dict(attention_mask=mask),
+        "cache": dict(past_key_values=model.init_cache(4, 20)),
+        "labels": dict(attention_mask=mask, labels=ids),
+        "positions": dict(position_ids=torch.arange(13)[None] + 3),
+    }[case]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        want = backend.numpy(model(ids, **arguments).logits)
+        np.testing.assert_allclose(backend.numpy(compiled(ids, **arguments).logits), want, atol=1e-6)
+
+
+def test_a_forward_pass_uses_the_fused_operator(backend):
+    torch, config = backend.torch, config_of()
+    model, ids = backend.random_model(config), token_ids(config)
+    with torch.profiler.profile() as profile, torch.no_grad():
+        model(ids, attention_mask=mask_named("left"))
+    names = [event.name for event in profile.events()]
+    fused = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    assert names.count(fused) == config.num_hidden_layers
