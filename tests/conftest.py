@@ -1,6 +1,7 @@
 """Which backends are tested: all three, or those of `--backends torch,tf,flax`. One asked for and missing fails."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -19,6 +20,13 @@ def pytest_configure(config):
     unknown = sorted(set(config.getoption("--backends").split(",")) - set(BACKENDS))
     if unknown:
         raise pytest.UsageError(f"--backends: expected some of {', '.join(BACKENDS)}, got {', '.join(unknown)}")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leaves out what is particular to a backend that was not asked for: it may not be installed."""
+    if collection_path.name in BACKENDS and collection_path.parent == Path(__file__).parent:
+        return collection_path.name not in config.getoption("--backends").split(",") or None
+    return None
 
 
 def pytest_generate_tests(metafunc):

@@ -2,21 +2,19 @@
 
 import numpy as np
 import pytest
-from harness import backends_asked_for, config_of, load_backend, mask_named, rounded_weights, token_ids
+from harness import config_of, load_backend, mask_named, rounded_weights, token_ids
 
 from opt_core.schema import published_name
 
 
 @pytest.fixture(scope="module")
-def backend(request):
-    if "torch" not in backends_asked_for(request.config):
-        pytest.skip("torch is not among --backends")
+def torch_backend():
     return load_backend("torch")
 
 
-def state_dict(backend, config, rename=published_name, *, head=False):
+def state_dict(torch_backend, config, rename=published_name, *, head=False):
     weights = rounded_weights(config)
-    named = {rename(name): backend.torch.from_numpy(weight) for name, weight in weights.items()}
+    named = {rename(name): torch_backend.torch.from_numpy(weight) for name, weight in weights.items()}
     if head:
         named["lm_head.weight"] = named[rename("decoder.embed_tokens.weight")]
     return named
@@ -25,44 +23,44 @@ def state_dict(backend, config, rename=published_name, *, head=False):
 @pytest.mark.parametrize("variant", ["pre-norm", "350m style", "galactica style", "untied head"])
 @pytest.mark.parametrize("prefix", ["model.", ""], ids=["model.decoder", "decoder"])
 @pytest.mark.parametrize("head", [True, False], ids=["head stored", "head left out"])
-def test_published_state_dicts_load_as_they_are(backend, variant, prefix, head):
+def test_published_state_dicts_load_as_they_are(torch_backend, variant, prefix, head):
     config = config_of(variant)
     stored = state_dict(
-        backend,
+        torch_backend,
         config,
         lambda name: prefix + name if name.startswith("decoder.") else name,
         head=head and config.tie_word_embeddings,
     )
-    model = backend.model_class()(config).eval()
+    model = torch_backend.model_class()(config).eval()
     model.load_state_dict(stored)
     ids = token_ids(config)
-    want = backend.random_model(config)(ids).logits
-    np.testing.assert_array_equal(backend.numpy(model(ids).logits), backend.numpy(want))
+    want = torch_backend.random_model(config)(ids).logits
+    np.testing.assert_array_equal(torch_backend.numpy(model(ids).logits), torch_backend.numpy(want))
     if config.tie_word_embeddings:
         assert model.lm_head.weight is model.get_input_embeddings().weight
 
 
-def test_a_state_dict_has_the_published_names(backend):
+def test_a_state_dict_has_the_published_names(torch_backend):
     config = config_of("350m style")
-    got = backend.model_class()(config).state_dict()
+    got = torch_backend.model_class()(config).state_dict()
     assert set(got) == {published_name(name) for name in rounded_weights(config)} | {"lm_head.weight"}
 
 
-def test_a_head_stays_tied_through_a_move_and_a_copy(backend):
+def test_a_head_stays_tied_through_a_move_and_a_copy(torch_backend):
     import copy
 
     for changed in (
-        backend.random_model(config_of()).double(),
-        copy.deepcopy(backend.random_model(config_of())),
-        backend.random_model(config_of()).to("cpu", backend.torch.bfloat16),
+        torch_backend.random_model(config_of()).double(),
+        copy.deepcopy(torch_backend.random_model(config_of())),
+        torch_backend.random_model(config_of()).to("cpu", torch_backend.torch.bfloat16),
     ):
         assert changed.lm_head.weight is changed.get_input_embeddings().weight
 
 
 @pytest.mark.parametrize("case", ["alone", "mask", "cache", "labels", "positions"])
-def test_a_call_compiles_into_one_graph(backend, case):
-    torch, config = backend.torch, config_of()
-    model, ids = backend.random_model(config), torch.as_tensor(token_ids(config))
+def test_a_call_compiles_into_one_graph(torch_backend, case):
+    torch, config = torch_backend.torch, config_of()
+    model, ids = torch_backend.random_model(config), torch.as_tensor(token_ids(config))
     mask = torch.as_tensor(mask_named("left"))
     arguments = {
         "alone": {},
@@ -74,13 +72,13 @@ def test_a_call_compiles_into_one_graph(backend, case):
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
-        want = backend.numpy(model(ids, **arguments).logits)
-        np.testing.assert_allclose(backend.numpy(compiled(ids, **arguments).logits), want, atol=1e-6)
+        want = torch_backend.numpy(model(ids, **arguments).logits)
+        np.testing.assert_allclose(torch_backend.numpy(compiled(ids, **arguments).logits), want, atol=1e-6)
 
 
-def test_a_forward_pass_uses_the_fused_operator(backend):
-    torch, config = backend.torch, config_of()
-    model, ids = backend.random_model(config), token_ids(config)
+def test_a_forward_pass_uses_the_fused_operator(torch_backend):
+    torch, config = torch_backend.torch, config_of()
+    model, ids = torch_backend.random_model(config), token_ids(config)
     with torch.profiler.profile() as profile, torch.no_grad():
         model(ids, attention_mask=mask_named("left"))
     names = [event.name for event in profile.events()]
