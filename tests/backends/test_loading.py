@@ -63,6 +63,21 @@ def test_shards_are_written_and_read(backend, tmp_path):
         np.testing.assert_array_equal(backend.numpy(again.weight(name)), want)
 
 
+def test_what_is_pushed_is_what_would_be_saved(backend, tmp_path, monkeypatch):
+    pushed = {}
+
+    def push_folder(folder, repo_id, **options):
+        pushed.update(repo_id=repo_id, options=options, model=backend.model_class().from_pretrained(folder))
+        return "address"
+
+    monkeypatch.setattr(f"opt_{backend.name}.loading.push_folder", push_folder)
+    model = backend.random_model(config_of())
+    assert model.push_to_hub("somebody/opt", private=True) == "address"
+    assert (pushed["repo_id"], pushed["options"]) == ("somebody/opt", {"private": True})
+    for name, want in weights_of(backend, model).items():
+        np.testing.assert_array_equal(backend.numpy(pushed["model"].weight(name)), want)
+
+
 def test_float32_is_the_default_and_names_and_dtypes_of_the_framework_are_taken(backend, tmp_path):
     save_random(tmp_path, config_of(), dtype="float16")
     from_pretrained = backend.model_class().from_pretrained
