@@ -63,12 +63,12 @@ class GenerationMixin:
         out = self.base_model.decoder(input_ids_BT, real_BT, use_cache=True)
         columns_BT = jnp.arange(input_ids_BT.shape[1]) * real_BT
         last_BE = jnp.take_along_axis(out.last_hidden_state, columns_BT.argmax(1)[:, None, None], 1)[:, 0]
-        return self.head(last_BE), with_capacity(out.past_key_values, capacity)
+        return self.logits(last_BE), with_capacity(out.past_key_values, capacity)
 
     def decode_step(self, token_B: Array, cache: Cache) -> tuple[Array, Cache]:
         """Feeds one token a row; returns the logits [B, V] after it, and the cache with it."""
         out = self.base_model.decoder(token_B[:, None], past_key_values=cache, use_cache=True)
-        return self.head(out.last_hidden_state[:, 0]), out.past_key_values
+        return self.logits(out.last_hidden_state[:, 0]), out.past_key_values
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "capacity"))

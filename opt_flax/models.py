@@ -100,8 +100,8 @@ class FlaxOPTForCausalLM(GenerationMixin, FlaxOPTPreTrainedModel):
     def tie_weights(self) -> None:
         """Nothing to do: a tied head has no weight of its own."""
 
-    def head(self, hidden_BTE: Array) -> Array:
-        """Next-token logits [..., V]."""
+    def logits(self, hidden_BTE: Array) -> Array:
+        """Next-token logits [..., V] of hidden states [..., E]."""
         return linear(hidden_BTE, self.get_output_embeddings().weight.get_value())
 
     def __call__(
@@ -140,7 +140,7 @@ class FlaxOPTForCausalLM(GenerationMixin, FlaxOPTPreTrainedModel):
             check_labels("labels", known(labels), hidden_BTE.shape[:2], self.config.vocab_size)
         if logits_to_keep and labels is None:
             hidden_BTE = hidden_BTE[:, -logits_to_keep:]
-        logits_BTV = self.head(hidden_BTE)
+        logits_BTV = self.logits(hidden_BTE)
         loss = None
         if labels is not None:
             mask_BT = self.current_mask(attention_mask, hidden_BTE.shape[1])

@@ -61,9 +61,9 @@ class GenerationMixin:
         out = self.base_model.decoder(ids_BT, mask_BT, use_cache=True)
         columns_BT = torch.arange(ids_BT.shape[1], device=self.device) * real_BT
         last_BE = torch.take_along_dim(out.last_hidden_state, columns_BT.argmax(1)[:, None, None], 1)[:, 0]
-        return self.lm_head(last_BE), with_capacity(out.past_key_values, capacity)
+        return self.logits(last_BE), with_capacity(out.past_key_values, capacity)
 
     def decode_step(self, token_B: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
         """Feeds one token a row; returns the logits [B, V] after it, and the cache with it."""
         out = self.base_model.decoder(token_B[:, None], past_key_values=cache, use_cache=True)
-        return self.lm_head(out.last_hidden_state[:, 0]), out.past_key_values
+        return self.logits(out.last_hidden_state[:, 0]), out.past_key_values

@@ -22,7 +22,7 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=bias)
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self.init_std)
+        _draw_normal(self.weight, self.init_std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -35,7 +35,7 @@ class Embedding(nn.Embedding):
         super().__init__(num_embeddings, width)
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self.init_std)
+        _draw_normal(self.weight, self.init_std)
         if self.zero_row is not None:
             with torch.no_grad():
                 self.weight[self.zero_row].zero_()
@@ -46,3 +46,9 @@ class LayerNorm(nn.LayerNorm):
 
     def __init__(self, width: int, *, affine: bool):
         super().__init__(width, eps=LAYER_NORM_EPS, elementwise_affine=affine)
+
+
+def _draw_normal(weight: nn.Parameter, std: float) -> None:
+    """Leaves a weight without memory as it is: to draw on the meta device, PyTorch 2.13 imports its compiler (1 s)."""
+    if not weight.is_meta:
+        nn.init.normal_(weight, std=std)

@@ -82,6 +82,10 @@ class OPTForCausalLM(GenerationMixin, OPTPreTrainedModel):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.get_input_embeddings().weight
 
+    def logits(self, hidden_BTE: Tensor) -> Tensor:
+        """Next-token logits [..., V] of hidden states [..., E]."""
+        return self.lm_head(hidden_BTE)
+
     def forward(
         self,
         input_ids=None,
@@ -118,7 +122,7 @@ class OPTForCausalLM(GenerationMixin, OPTPreTrainedModel):
             check_labels("labels", known(labels), hidden_BTE.shape[:2], self.config.vocab_size)
         if logits_to_keep and labels is None:
             hidden_BTE = hidden_BTE[:, -logits_to_keep:]
-        logits_BTV = self.lm_head(hidden_BTE)
+        logits_BTV = self.logits(hidden_BTE)
         loss = None
         if labels is not None:
             mask_BT = self.current_mask(attention_mask, hidden_BTE.shape[1])
