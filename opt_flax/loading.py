@@ -10,6 +10,7 @@ from flax import nnx
 from jax import Array
 
 from conversion import push_folder, write_checkpoint
+from conversion.aligned import read_aligned
 from conversion.pretrained import Pretrained, open_pretrained
 from opt_core.config import OPTConfig
 from opt_core.schema import published_name, shapes
@@ -77,14 +78,13 @@ class LoadingMixin:
         device = jax.devices(device)[0] if isinstance(device, str) else device
         with shapes_only():
             model = nnx.eval_shape(lambda: cls(pretrained.config, attn_implementation=attn_implementation, dtype=dtype))
-        for name in shapes(pretrained.config, cls.task):
+        for name in pretrained.new:
+            rngs = rngs or nnx.Rngs(0)
+            _owner(model, published_name(name, cls.task))[0].reset_parameters(rngs)
+        stored = [name for name in shapes(pretrained.config, cls.task) if name not in pretrained.new]
+        for name, array in read_aligned(pretrained.checkpoint, stored, pretrained.dtype):
             owner, attribute = _owner(model, published_name(name, cls.task))
-            if name in pretrained.new:
-                rngs = rngs or nnx.Rngs(0)
-                owner.reset_parameters(rngs)
-                continue
-            array = from_numpy(pretrained.checkpoint.read(name), device).astype(dtype)
-            setattr(owner, attribute, nnx.Param(array))
+            setattr(owner, attribute, nnx.Param(from_numpy(array, device)))
         _start_streams(model, rngs)
         model.eval()
         return model

@@ -9,6 +9,7 @@ import tensorflow as tf
 from tensorflow import Tensor
 
 from conversion import push_folder, write_checkpoint
+from conversion.aligned import read_aligned
 from conversion.pretrained import Pretrained, open_pretrained
 from opt_core.config import OPTConfig
 from opt_core.schema import published_name, shapes
@@ -73,12 +74,12 @@ class LoadingMixin:
     def _from_checkpoint(cls, pretrained: Pretrained, attn_implementation: str, device):
         with tf.device(device), no_values():
             model = cls(pretrained.config, attn_implementation=attn_implementation, dtype=pretrained.dtype)
-        for name in shapes(pretrained.config, cls.task):
+        for name in pretrained.new:
+            _owner(model, published_name(name, cls.task))[0].reset_parameters()
+        stored = [name for name in shapes(pretrained.config, cls.task) if name not in pretrained.new]
+        for name, array in read_aligned(pretrained.checkpoint, stored, pretrained.dtype):
             owner, attribute = _owner(model, published_name(name, cls.task))
-            if name in pretrained.new:
-                owner.reset_parameters()
-                continue
-            getattr(owner, attribute).assign(from_numpy(pretrained.checkpoint.read(name)))
+            getattr(owner, attribute).assign(from_numpy(array))
         return model
 
     def save_pretrained(self, folder, *, max_shard_size: int | str = "5GB", overwrite: bool = True) -> None:

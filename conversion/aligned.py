@@ -1,0 +1,85 @@
+"""Tensors at addresses that XLA and TensorFlow share instead of copying: the map's own where they are, else a copy.
+
+The safetensors package starts the data of a file at any multiple of 8 bytes, so that most tensors of the hub lie beside
+the multiples of 64 that these frameworks ask for. Such tensors, and those of another dtype than the one asked for, are
+copied by several threads at once. No framework is imported here.
+"""
+
+import math
+import mmap
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from conversion.checkpoint import Checkpoint
+from conversion.stored import DTYPES
+
+ALIGNMENT = 64  # bytes; JAX copies memory of a smaller one, TensorFlow's kernels end the process over it
+_BUFFER_BYTES = 1 << 28
+_CHUNK_ELEMENTS = 1 << 20
+_MAX_THREADS = 8  # which share the bandwidth of the memory
+
+
+def read_aligned(checkpoint: Checkpoint, names: Iterable[str], dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (name, array) for the schema's `names`, in any order, in `dtype` and at multiples of 64 bytes.
+
+    Arrays are as those of `Checkpoint.read`. The copies among them share buffers of about 256 MB; a buffer is freed
+    with the last of its arrays. Values beyond the range of `dtype` become infinite.
+    """
+    waiting: dict[str, np.ndarray] = {}
+    for name in names:
+        array = checkpoint.read(name)
+        if array.dtype == DTYPES[dtype] and array.ctypes.data % ALIGNMENT == 0:
+            yield name, array
+            continue
+        waiting[name] = array
+        if sum(array.nbytes for array in waiting.values()) >= _BUFFER_BYTES:
+            yield from _copies(waiting, DTYPES[dtype])
+            waiting = {}
+    if waiting:
+        yield from _copies(waiting, DTYPES[dtype])
+
+
+def _copies(arrays: dict[str, np.ndarray], dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
+    copies = _empty_arrays([array.shape for array in arrays.values()], dtype)
+    chunks = [chunk for pair in zip(copies, arrays.values(), strict=True) for chunk in _chunks(*pair)]
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, _MAX_THREADS)) as threads:
+        list(threads.map(_copy, chunks))  # raises what a thread raised
+    yield from zip(arrays, copies, strict=True)
+
+
+def _empty_arrays(shapes: Sequence[tuple[int, ...]], dtype: np.dtype) -> list[np.ndarray]:
+    """Arrays of zeros in one buffer, each at a multiple of 64 bytes."""
+    counts = [math.prod(shape) for shape in shapes]
+    starts = [0]
+    for count in counts:
+        size = count * dtype.itemsize
+        starts.append(starts[-1] + size + -size % ALIGNMENT)
+    buffer = _map_memory(starts.pop())
+    parts = zip(shapes, counts, starts, strict=True)
+    return [np.frombuffer(buffer, dtype, count, start).reshape(shape) for shape, count, start in parts]
+
+
+def _map_memory(nbytes: int) -> mmap.mmap:
+    """Anonymous memory in pages of the system's choice.
+
+    NumPy's own would ask Linux for large pages. They take 0.1 s for 500 MB at best, small ones 0.2 s; but in a virtual
+    machine whose host takes free memory back it is the large pages that are gone, and getting them again took 1.1 s.
+    """
+    if hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return mmap.mmap(-1, nbytes)  # Windows
+
+
+def _chunks(target: np.ndarray, source: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Matching pieces of two row-major arrays."""
+    target, source = target.reshape(-1), source.reshape(-1)
+    for start in range(0, target.size, _CHUNK_ELEMENTS):
+        yield target[start : start + _CHUNK_ELEMENTS], source[start : start + _CHUNK_ELEMENTS]
+
+
+def _copy(chunk: tuple[np.ndarray, np.ndarray]) -> None:
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.copyto(*chunk, casting="unsafe")
