@@ -10,11 +10,13 @@ from flax import nnx
 from jax import Array
 
 from conversion import push_folder, write_checkpoint
-from conversion.aligned import read_aligned
+from conversion.parameters import read_parameters
 from conversion.pretrained import Pretrained, open_pretrained
 from opt_core.config import OPTConfig
 from opt_core.schema import published_name, shapes
 from opt_flax.layers import shapes_only
+
+ALIGNMENT = 64  # bytes; XLA copies memory of a smaller one
 
 
 class LoadingMixin:
@@ -43,7 +45,7 @@ class LoadingMixin:
         """Loads a folder, a weight file or a hub id; returns the model in evaluation mode.
 
         Weights are memory-mapped: where the file holds the dtype asked for, at addresses that XLA takes (multiples of
-        64 bytes, as this project writes them), a CPU model shares the file's pages.
+        64 bytes, as this project writes them), a CPU model shares the file's pages; else they are copied once.
 
         Args:
             dtype: None for float32, "auto" for the stored one, or a JAX dtype or its name. `torch_dtype` is an alias.
@@ -82,7 +84,7 @@ class LoadingMixin:
             rngs = rngs or nnx.Rngs(0)
             _owner(model, published_name(name, cls.task))[0].reset_parameters(rngs)
         stored = [name for name in shapes(pretrained.config, cls.task) if name not in pretrained.new]
-        for name, array in read_aligned(pretrained.checkpoint, stored, pretrained.dtype):
+        for name, array in read_parameters(pretrained.checkpoint, stored, pretrained.dtype, alignment=ALIGNMENT):
             owner, attribute = _owner(model, published_name(name, cls.task))
             setattr(owner, attribute, nnx.Param(from_numpy(array, device)))
         _start_streams(model, rngs)

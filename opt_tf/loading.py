@@ -9,7 +9,7 @@ import tensorflow as tf
 from tensorflow import Tensor
 
 from conversion import push_folder, write_checkpoint
-from conversion.aligned import read_aligned
+from conversion.parameters import read_parameters
 from conversion.pretrained import Pretrained, open_pretrained
 from opt_core.config import OPTConfig
 from opt_core.schema import published_name, shapes
@@ -42,7 +42,9 @@ class LoadingMixin:
     ):
         """Loads a folder, a weight file or a hub id.
 
-        Weights are memory-mapped: where the file holds the dtype asked for, variables on a CPU share the file's pages.
+        Weights are memory-mapped: where the file holds the dtype asked for, at addresses that TensorFlow takes
+        (multiples of 64 bytes, as this project writes them), variables on a CPU share the file's pages; else they are
+        copied once.
 
         Args:
             dtype: None for float32, "auto" for the stored one, or a dtype or its name. `torch_dtype` is an alias.
@@ -77,7 +79,7 @@ class LoadingMixin:
         for name in pretrained.new:
             _owner(model, published_name(name, cls.task))[0].reset_parameters()
         stored = [name for name in shapes(pretrained.config, cls.task) if name not in pretrained.new]
-        for name, array in read_aligned(pretrained.checkpoint, stored, pretrained.dtype):
+        for name, array in read_parameters(pretrained.checkpoint, stored, pretrained.dtype, alignment=ALIGNMENT):
             owner, attribute = _owner(model, published_name(name, cls.task))
             getattr(owner, attribute).assign(from_numpy(array))
         return model
@@ -114,24 +116,16 @@ class LoadingMixin:
 
 
 def from_numpy(array: np.ndarray) -> Tensor:
-    """A tensor that shares the array's memory, where that is aligned; NumPy's bfloat16 is that of ml_dtypes."""
+    """A tensor that shares the array's memory, at a multiple of ALIGNMENT; NumPy's bfloat16 is that of ml_dtypes."""
+    assert array.ctypes.data % ALIGNMENT == 0
     if array.dtype.name == "bfloat16":  # DLPack knows it, NumPy does not
         return tf.bitcast(from_numpy(array.view(np.uint16)), tf.bfloat16)
-    if array.ctypes.data % ALIGNMENT:
-        array = _aligned_copy(array)
     return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
 
 
 def to_numpy(variable: keras.Variable) -> np.ndarray:
     """The values as a NumPy array, bfloat16 as that of ml_dtypes."""
     return variable.value.numpy()
-
-
-def _aligned_copy(array: np.ndarray) -> np.ndarray:
-    memory = np.empty(array.nbytes + ALIGNMENT, np.uint8)
-    copy = memory[-memory.ctypes.data % ALIGNMENT :][: array.nbytes].view(array.dtype).reshape(array.shape)
-    copy[...] = array
-    return copy
 
 
 def _owner(model: keras.Model, name: str) -> tuple[Module, str]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from conversion import push_folder, write_checkpoint
+from conversion.parameters import read_parameters
 from conversion.pretrained import Pretrained, open_pretrained
 from opt_core.config import OPTConfig
 from opt_core.schema import published_name, shapes
@@ -70,13 +71,13 @@ class LoadingMixin:
         dtype = getattr(torch, pretrained.dtype)
         with torch.device("meta"):
             model = cls(pretrained.config, attn_implementation=attn_implementation)
-        for name in shapes(pretrained.config, cls.task):
+        for name in pretrained.new:
+            owner, _ = _owner(model, published_name(name, cls.task))
+            owner.to_empty(device=device).to(dtype).reset_parameters()
+        stored = [name for name in shapes(pretrained.config, cls.task) if name not in pretrained.new]
+        for name, array in read_parameters(pretrained.checkpoint, stored, pretrained.dtype):
             owner, attribute = _owner(model, published_name(name, cls.task))
-            if name in pretrained.new:
-                owner.to_empty(device=device).to(dtype).reset_parameters()
-                continue
-            tensor = from_numpy(pretrained.checkpoint.read(name)).to(device=device, dtype=dtype)
-            setattr(owner, attribute, nn.Parameter(tensor))
+            setattr(owner, attribute, nn.Parameter(from_numpy(array).to(device)))
         model.tie_weights()
         return model.eval()
 

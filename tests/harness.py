@@ -83,6 +83,17 @@ def save_random(folder, config: OPTConfig, task: str = "causal-lm", dtype: str =
     return Path(folder)
 
 
+def shift_data(folder, shift: int) -> Path:
+    """Rewrites a checkpoint of one file so that its data start `shift` bytes (8, 16, ...) beyond a multiple of 64."""
+    path = Path(folder) / "model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header, data = content[8 : 8 + length].rstrip(b" "), content[8 + length :]
+    header += b" " * ((shift - 8 - len(header)) % 64)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    return Path(folder)
+
+
 def reference_of(config: OPTConfig, task: str = "causal-lm", dtype: str = "float32") -> Reference:
     return Reference(config, rounded_weights(config, task, dtype))
 

@@ -1,8 +1,8 @@
-"""Tensors at addresses that XLA and TensorFlow share instead of copying: the map's own where they are, else a copy.
+"""The arrays that a model's parameters are made of: in the dtype asked for, where the framework can use them in place.
 
-The safetensors package starts the data of a file at any multiple of 8 bytes, so that most tensors of the hub lie beside
-the multiples of 64 that these frameworks ask for. Such tensors, and those of another dtype than the one asked for, are
-copied by several threads at once. No framework is imported here.
+PyTorch takes any address; XLA and TensorFlow ask for multiples of 64 bytes. The safetensors package starts the data of
+a file at any multiple of 8, so that most tensors of the hub lie beside those. Such tensors, and those of another dtype,
+are copied by several threads at once; the others stay views on the file's pages. No framework is imported here.
 """
 
 import math
@@ -16,22 +16,27 @@ import numpy as np
 from conversion.checkpoint import Checkpoint
 from conversion.stored import DTYPES
 
-ALIGNMENT = 64  # bytes; JAX copies memory of a smaller one, TensorFlow's kernels end the process over it
+_ALIGNMENT = 64  # bytes, of the copies
 _BUFFER_BYTES = 1 << 28
 _CHUNK_ELEMENTS = 1 << 20
 _MAX_THREADS = 8  # which share the bandwidth of the memory
 
 
-def read_aligned(checkpoint: Checkpoint, names: Iterable[str], dtype: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (name, array) for the schema's `names`, in any order, in `dtype` and at multiples of 64 bytes.
+def read_parameters(
+    checkpoint: Checkpoint, names: Iterable[str], dtype: str, *, alignment: int = 1
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (name, array) for the schema's `names`, in any order, in `dtype`.
 
     Arrays are as those of `Checkpoint.read`. The copies among them share buffers of about 256 MB; a buffer is freed
     with the last of its arrays. Values beyond the range of `dtype` become infinite.
+
+    Args:
+        alignment: at most 64; addresses are multiples of it, in bytes.
     """
     waiting: dict[str, np.ndarray] = {}
     for name in names:
         array = checkpoint.read(name)
-        if array.dtype == DTYPES[dtype] and array.ctypes.data % ALIGNMENT == 0:
+        if array.dtype == DTYPES[dtype] and array.ctypes.data % alignment == 0:
             yield name, array
             continue
         waiting[name] = array
@@ -56,7 +61,7 @@ def _empty_arrays(shapes: Sequence[tuple[int, ...]], dtype: np.dtype) -> list[np
     starts = [0]
     for count in counts:
         size = count * dtype.itemsize
-        starts.append(starts[-1] + size + -size % ALIGNMENT)
+        starts.append(starts[-1] + size + -size % _ALIGNMENT)
     buffer = _map_memory(starts.pop())
     parts = zip(shapes, counts, starts, strict=True)
     return [np.frombuffer(buffer, dtype, count, start).reshape(shape) for shape, count, start in parts]
