@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from conversion.checkpoint import Checkpoint, open_checkpoint, read_config
 from conversion.hub import resolve
+from opt_core.checks import check_config
 from opt_core.config import DTYPES, OPTConfig
 from opt_core.errors import ConfigError, InputError, raise_if
 from opt_core.schema import SCHEMA, head_names, shapes
@@ -51,6 +52,8 @@ def open_pretrained(
         "from_pretrained",
         [f"{name}: neither an argument nor a field of OPTConfig" for name in overrides if name not in known],
     )
+    if config is not None:
+        check_config(config)
     path = resolve(source, **hub_options)
     checkpoint = open_checkpoint(path, config=(config or read_config(path)).replace(**overrides))
     config = checkpoint.config

@@ -31,6 +31,7 @@ class KnownCache(NamedTuple):
     batch_size: int | None
     capacity: int | None
     lengths: np.ndarray | None = None
+    layers: tuple[tuple[int | None, int | None], ...] | None = None  # heads and head size of each layer
 
 
 def check_inputs(
@@ -49,7 +50,7 @@ def check_inputs(
     if not problems and source is not None:
         batch, length = source.shape[:2]
         problems += _mask_problems(attention_mask, batch, length, cache)
-        problems += _cache_problems(cache, batch)
+        problems += _cache_problems(config, cache, batch)
         real = None if problems else _real_tokens(attention_mask, source)
         problems += [] if problems else _length_problems(config, real, length, attention_mask, cache)
         problems += _position_problems(config, position_ids, batch, length, real)
@@ -106,10 +107,20 @@ def _mask_length_fits(mask_length, length, cache: KnownCache | None) -> bool:
     return mask_length == length or (cache is not None and mask_length > length)
 
 
-def _cache_problems(cache: KnownCache | None, batch) -> list[str]:
-    if cache is None or not _differ(cache.batch_size, batch):
-        return []
-    return [f"past_key_values: expected a cache of {batch} rows, got {cache.batch_size}"]
+def _cache_problems(config: OPTConfig, cache: KnownCache | None, batch) -> list[str]:
+    problems = []
+    if cache is not None and _differ(cache.batch_size, batch):
+        problems.append(f"past_key_values: expected a cache of {batch} rows, got {cache.batch_size}")
+    if cache is None or cache.layers is None:
+        return problems
+    layers, heads, size = config.num_hidden_layers, config.num_attention_heads, config.head_size
+    if len(cache.layers) != layers:
+        problems.append(f"past_key_values: expected a cache of {layers} layers, got {len(cache.layers)}")
+    wrong = [got for got in cache.layers if _differ(got[0], heads) or _differ(got[1], size)]
+    if wrong:
+        got = f"{wrong[0][0]} of size {wrong[0][1]}"
+        problems.append(f"past_key_values: expected a cache of {heads} heads of size {size}, got {got}")
+    return problems
 
 
 def _real_tokens(mask: Known | None, source: Known) -> np.ndarray | None:
@@ -210,6 +221,35 @@ def check_keywords(unknown: Iterable[str], known: Iterable[str]) -> None:
         close = difflib.get_close_matches(name, known, n=1)
         problems.append(f"{name}: unknown keyword" + (f"; did you mean {close[0]}?" if close else ""))
     raise_if(KeywordError, "invalid arguments", problems)
+
+
+def check_config(config) -> None:
+    """Raises unless `config` is an `OPTConfig` with nothing wrong in it."""
+    if isinstance(config, OPTConfig):
+        config.check()
+        return
+    got = f"{type(config).__module__}.{type(config).__qualname__}".removeprefix("builtins.")
+    raise InputError("invalid arguments", [f"config: expected an opt_core.OPTConfig, got {got}"])
+
+
+def check_cache(cache, kind: type) -> None:
+    """Raises unless `cache` is of the `kind` that the backend makes."""
+    if not isinstance(cache, kind):
+        problem = f"past_key_values: expected what an earlier call or init_cache returned, got {type(cache).__name__}"
+        raise InputError("invalid arguments", [problem])
+
+
+def array_of(x) -> np.ndarray:
+    """A NumPy array of numbers from one, or from nested lists."""
+    try:
+        array = np.asarray(x)
+    except ValueError:  # rows of different lengths
+        array = np.asarray(None)
+    if array.dtype.kind in "OSU":
+        got = " ".join(repr(x).split())
+        problem = f"expected numbers, in an array or in nested lists of equal length, got {got[:60]}"
+        raise InputError("invalid arguments", [problem])
+    return array
 
 
 def check_choice(name: str, value, choices: Iterable) -> None:

@@ -5,20 +5,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from opt_core.checks import Known, KnownCache
+from opt_core.checks import Known, KnownCache, array_of, check_cache
 from opt_flax.cache import Cache, GrowingCache
 
 
 def as_tensor(x, dtype=None) -> Array | None:
     """An array of one of JAX or NumPy, or of nested lists; None stays None."""
-    return None if x is None else jnp.asarray(x, dtype)
+    if x is None:
+        return None
+    return jnp.asarray(x if isinstance(x, jax.Array) else array_of(x), dtype)
 
 
 def as_index(x) -> Array | None:
     """An index array, int32; an array of floats stays as it is, for the checks to refuse."""
     if x is None or isinstance(x, jax.Array):
         return x if x is None or jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.int32)
-    x = np.asarray(x)
+    x = array_of(x)
     if np.issubdtype(x.dtype, np.integer):  # a wider integer must not wrap into the range
         x = np.clip(x, np.iinfo(np.int32).min, np.iinfo(np.int32).max).astype(np.int32)
     return as_index(jnp.asarray(x))
@@ -28,7 +30,7 @@ def known(x, *, values: bool = True) -> Known | None:
     """Shape and dtype; the values too, unless this is being compiled, or they are not worth reading."""
     if x is None:
         return None
-    x = x if hasattr(x, "dtype") else np.asarray(x)
+    x = x if isinstance(x, jax.Array) else array_of(x)
     dtype = str(x.dtype)
     if not values or isinstance(x, jax.core.Tracer):
         return Known(tuple(x.shape), dtype)
@@ -39,6 +41,8 @@ def known(x, *, values: bool = True) -> Known | None:
 def known_cache(cache: Cache | None) -> KnownCache | None:
     if cache is None:
         return None
+    check_cache(cache, Cache)
     capacity = None if isinstance(cache, GrowingCache) else cache.capacity
     lengths = known(cache.lengths)
-    return KnownCache(cache.batch_size, capacity, lengths.values)
+    layers = tuple((buffer.shape[1], buffer.shape[3]) for buffer in cache.keys)
+    return KnownCache(cache.batch_size, capacity, lengths.values, layers)

@@ -9,7 +9,14 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from opt_core.checks import ATTENTION_IMPLEMENTATIONS, arguments_of, check_choice, check_inputs, check_keywords
+from opt_core.checks import (
+    ATTENTION_IMPLEMENTATIONS,
+    arguments_of,
+    check_choice,
+    check_config,
+    check_inputs,
+    check_keywords,
+)
 from opt_core.config import OPTConfig
 from opt_core.outputs import BaseModelOutput
 from opt_flax.cache import Cache, init_cache
@@ -25,7 +32,7 @@ class FlaxOPTPreTrainedModel(LoadingMixin, nnx.Module):
     task: ClassVar[str]
 
     def __init__(self, config: OPTConfig, *, attn_implementation: str = "sdpa"):
-        config.check()
+        check_config(config)
         check_choice("attn_implementation", attn_implementation, ATTENTION_IMPLEMENTATIONS)
         self.static_config = StaticConfig(config)
         self.attn_implementation = attn_implementation

@@ -5,7 +5,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow import Tensor
 
-from opt_core.checks import Known, KnownCache
+from opt_core.checks import Known, KnownCache, array_of, check_cache
 from opt_tf.cache import Cache, GrowingCache
 
 
@@ -13,7 +13,7 @@ def as_tensor(x, dtype=None) -> Tensor | None:
     """A tensor of an array of TensorFlow or NumPy, or of nested lists; None stays None."""
     if x is None or isinstance(x, keras.KerasTensor):
         return x
-    x = tf.convert_to_tensor(x if tf.is_tensor(x) else np.asarray(x))
+    x = tf.convert_to_tensor(x if tf.is_tensor(x) else array_of(x))
     return x if dtype is None else tf.cast(x, dtype)
 
 
@@ -37,6 +37,8 @@ def known(x: Tensor | None, *, values: bool = True) -> Known | None:
 def known_cache(cache: Cache | None) -> KnownCache | None:
     if cache is None:
         return None
+    check_cache(cache, Cache)
     capacity = None if isinstance(cache, GrowingCache) else cache.capacity
     lengths = known(cache.lengths)
-    return KnownCache(cache.batch_size, capacity, lengths.values)
+    layers = tuple((buffer.shape[1], buffer.shape[3]) for buffer in cache.keys)
+    return KnownCache(cache.batch_size, capacity, lengths.values, layers)

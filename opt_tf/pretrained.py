@@ -7,7 +7,14 @@ import keras
 import tensorflow as tf
 from tensorflow import Tensor
 
-from opt_core.checks import ATTENTION_IMPLEMENTATIONS, arguments_of, check_choice, check_inputs, check_keywords
+from opt_core.checks import (
+    ATTENTION_IMPLEMENTATIONS,
+    arguments_of,
+    check_choice,
+    check_config,
+    check_inputs,
+    check_keywords,
+)
 from opt_core.config import OPTConfig
 from opt_core.errors import ProblemsError
 from opt_core.outputs import BaseModelOutput
@@ -29,7 +36,7 @@ class TFOPTPreTrainedModel(LoadingMixin, keras.Model):
 
     def __init__(self, config: OPTConfig, *, attn_implementation: str = "sdpa", dtype=None):
         super().__init__(dtype=name_of(dtype), autocast=False)
-        config.check()
+        check_config(config)
         check_choice("attn_implementation", attn_implementation, ATTENTION_IMPLEMENTATIONS)
         self.config = config
         self.attn_implementation = attn_implementation

@@ -81,8 +81,8 @@ def eager_attention(
     compute_dtype = torch.promote_types(q_BNTH.dtype, torch.float32)  # scores and softmax in float32 at least
     scores_BNTS = q_BNTH.to(compute_dtype) @ k_BNSH.to(compute_dtype).transpose(-1, -2)
     mask_B1TS = attend_mask(q_BNTH.shape[2], k_BNSH.shape[2], lengths_B, q_BNTH.device)
-    scores_BNTS = scores_BNTS.masked_fill(~mask_B1TS, torch.finfo(compute_dtype).min)
-    weights_BNTS = torch.softmax(scores_BNTS, dim=-1).to(q_BNTH.dtype)
+    scores_BNTS = scores_BNTS.masked_fill(~mask_B1TS, torch.finfo(scores_BNTS.dtype).min)
+    weights_BNTS = torch.softmax(scores_BNTS, dim=-1, dtype=compute_dtype).to(q_BNTH.dtype)
     return F.dropout(weights_BNTS, dropout) @ v_BNSH, weights_BNTS
 
 

@@ -59,7 +59,7 @@ def write(buffer_BNSH: Tensor, x_BNTH: Tensor, lengths_B: Tensor) -> Tensor:
     index = (rows_B1, slice(None), slots_BT)
     if torch.is_grad_enabled() and (x_BNTH.requires_grad or buffer_BNSH.requires_grad):
         buffer_BNSH = buffer_BNSH.clone()
-    buffer_BNSH[index] = x_BNTH.transpose(1, 2)
+    buffer_BNSH[index] = x_BNTH.transpose(1, 2).to(buffer_BNSH.dtype)  # under autocast they differ
     return buffer_BNSH
 
 

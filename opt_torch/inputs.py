@@ -1,10 +1,9 @@
 """What a user passes, as PyTorch tensors; and what is known of it, for the checks that the backends share."""
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from opt_core.checks import Known, KnownCache
+from opt_core.checks import Known, KnownCache, array_of, check_cache
 from opt_torch.cache import Cache, GrowingCache
 
 
@@ -13,7 +12,7 @@ def as_tensor(x, device, dtype=None) -> Tensor | None:
     if x is None:
         return None
     if not isinstance(x, Tensor):
-        x = torch.as_tensor(np.asarray(x), device=device)
+        x = torch.as_tensor(array_of(x), device=device)
     return x if dtype is None else x.to(dtype)
 
 
@@ -37,6 +36,8 @@ def known(x: Tensor | None, *, values: bool = True) -> Known | None:
 def known_cache(cache: Cache | None) -> KnownCache | None:
     if cache is None:
         return None
+    check_cache(cache, Cache)
     capacity = None if isinstance(cache, GrowingCache) else cache.capacity
     lengths = known(cache.lengths)
-    return KnownCache(cache.batch_size, capacity, lengths.values)
+    layers = tuple((buffer.shape[1], buffer.shape[3]) for buffer in cache.keys)
+    return KnownCache(cache.batch_size, capacity, lengths.values, layers)

@@ -6,7 +6,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from opt_core.checks import ATTENTION_IMPLEMENTATIONS, arguments_of, check_choice, check_inputs, check_keywords
+from opt_core.checks import (
+    ATTENTION_IMPLEMENTATIONS,
+    arguments_of,
+    check_choice,
+    check_config,
+    check_inputs,
+    check_keywords,
+)
 from opt_core.config import OPTConfig
 from opt_core.outputs import BaseModelOutput
 from opt_torch.cache import Cache, init_cache
@@ -23,7 +30,7 @@ class OPTPreTrainedModel(LoadingMixin, nn.Module):
 
     def __init__(self, config: OPTConfig, *, attn_implementation: str = "sdpa"):
         super().__init__()
-        config.check()
+        check_config(config)
         check_choice("attn_implementation", attn_implementation, ATTENTION_IMPLEMENTATIONS)
         self.register_load_state_dict_pre_hook(accept_published_names)
         self.config = config

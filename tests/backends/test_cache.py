@@ -98,6 +98,26 @@ def test_a_cache_of_other_rows_is_refused(backend):
         model(ids, past_key_values=model.init_cache(2, 20))
 
 
+def test_a_cache_of_another_model_is_refused_before_anything_is_written(backend):
+    model, ids = backend.random_model(config_of()), token_ids(config_of())
+    problems = {
+        "past_key_values: expected a cache of 3 layers, got 2": dict(num_hidden_layers=2),
+        "past_key_values: expected a cache of 5 heads of size 7, got 1 of size 35": dict(num_attention_heads=1),
+    }
+    for problem, changes in problems.items():
+        cache = backend.random_model(config_of(**changes)).init_cache(BATCH, 20)
+        with pytest.raises(ValueError, match=problem):
+            model(ids, past_key_values=cache)
+        assert all((backend.numpy(buffer) == 0).all() for buffer in cache.keys)
+
+
+@pytest.mark.parametrize("cache", [((1, 2),), {}, "cache"])
+def test_what_is_no_cache_is_refused(backend, cache):
+    problem = f"past_key_values: expected what an earlier call or init_cache returned, got {type(cache).__name__}"
+    with pytest.raises(ValueError, match=problem):
+        backend.random_model(config_of())(token_ids(config_of()), past_key_values=cache)
+
+
 def test_a_mask_that_contradicts_the_cache_is_refused(backend):
     model, ids = backend.random_model(config_of()), token_ids(config_of(), 1, 6)
     cache = model(ids[:, :4], attention_mask=[[0, 1, 1, 1]], use_cache=True).past_key_values

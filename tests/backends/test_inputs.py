@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from harness import config_of, token_ids
+from harness import config_of, save_random, token_ids
 
 V, P = 97, 41
 
@@ -47,6 +47,14 @@ BAD = {
     "ids without a batch": (
         dict(input_ids=np.array([5, 6])),
         "invalid arguments: input_ids: expected shape (batch, tokens) with at least one token, got (2,)",
+    ),
+    "text for ids": (
+        dict(input_ids=["a text"]),
+        "invalid arguments: expected numbers, in an array or in nested lists of equal length, got ['a text']",
+    ),
+    "rows of different lengths": (
+        dict(input_ids=[[5, 6], [7]]),
+        "invalid arguments: expected numbers, in an array or in nested lists of equal length, got [[5, 6], [7]]",
     ),
     "no tokens": (
         dict(input_ids=np.zeros((2, 0), int)),
@@ -143,6 +151,14 @@ def test_an_attention_that_does_not_exist_is_refused(backend, model, name):
         backend.model_class()(config_of(), attn_implementation=name)
     with pytest.raises(ValueError, match=match):
         model.set_attn_implementation(name)
+
+
+def test_what_is_no_config_is_refused(backend, tmp_path):
+    problem = "config: expected an opt_core.OPTConfig, got dict"
+    with pytest.raises(ValueError, match=problem):
+        backend.model_class()(config_of().to_dict())
+    with pytest.raises(ValueError, match=problem):
+        backend.model_class().from_pretrained(save_random(tmp_path, config_of()), config=config_of().to_dict())
 
 
 def test_an_invalid_config_is_refused_before_a_weight_is_made(backend):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from harness import config_of, load_backend, mask_named, rounded_weights, token_ids
+from harness import config_of, load_backend, mask_named, rounded_weights, token_ids, worst_row
 
 from opt_core.schema import published_name
 
@@ -84,3 +84,14 @@ def test_a_forward_pass_uses_the_fused_operator(torch_backend):
     names = [event.name for event in profile.events()]
     fused = "aten::_scaled_dot_product_flash_attention_for_cpu"
     assert names.count(fused) == config.num_hidden_layers
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_autocast_reaches_generation_and_a_float32_cache(torch_backend, attn_implementation):
+    torch, model = torch_backend.torch, torch_backend.random_model(config_of(), attn_implementation=attn_implementation)
+    ids = token_ids(model.config)
+    want = torch_backend.numpy(model(ids).logits)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.generate(ids, max_new_tokens=2).shape == (len(ids), ids.shape[1] + 2)
+        out = model(ids, past_key_values=model.init_cache(len(ids), 20))
+    assert worst_row(torch_backend.numpy(out.logits), want) < 0.02
