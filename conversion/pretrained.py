@@ -5,6 +5,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from conversion.checkpoint import Checkpoint, open_checkpoint, read_config
 from conversion.hub import resolve
 from opt_core.checks import check_config
@@ -31,7 +33,7 @@ def open_pretrained(
     *,
     config: OPTConfig | None = None,
     overrides: Mapping[str, Any],
-    dtype: str | None = None,
+    dtype: str | type | np.dtype | None = None,
     **hub_options,
 ) -> Pretrained:
     """Opens `source` for the class of `task`.
@@ -39,7 +41,7 @@ def open_pretrained(
     Args:
         source: a folder, a weight file, or a hub id.
         overrides: config fields that the caller gave by keyword.
-        dtype: None for float32, "auto" for the stored one, or a name in `opt_core.config.DTYPES`.
+        dtype: None for float32, "auto" for the stored one, or one of `opt_core.config.DTYPES`, by name or as NumPy has it.
         hub_options: see `conversion.hub.resolve`.
 
     Raises:
@@ -70,10 +72,12 @@ def open_pretrained(
     return Pretrained(checkpoint, config, dtype_name(dtype, checkpoint), new, unused)
 
 
-def dtype_name(dtype: str | None, checkpoint: Checkpoint) -> str:
+def dtype_name(dtype: str | type | np.dtype | None, checkpoint: Checkpoint) -> str:
     """The name of the parameters' dtype: float32 by default, with "auto" the widest one stored."""
     if dtype is None:
         return "float32"
+    if isinstance(dtype, (type, np.dtype)):
+        dtype = np.dtype(dtype).name
     if dtype == "auto":
         stored = set(checkpoint.dtypes.values())
         return stored.pop() if len(stored) == 1 and stored <= set(DTYPES) else "float32"

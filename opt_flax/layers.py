@@ -42,16 +42,24 @@ def shapes_only():
         _shapes_only.reset(token)
 
 
-def _rounded_once(function):
-    return lambda x: function(x.astype(at_least_float32(x.dtype))).astype(x.dtype)
+# Functions with names of their own, since a layer holds one of them: pickle finds neither lambdas nor jitted functions.
+def _relu(x: Array) -> Array:
+    return jax.nn.relu(x)
 
 
-ACTIVATION_FUNCTIONS = {
-    "relu": jax.nn.relu,
-    "gelu": _rounded_once(functools.partial(jax.nn.gelu, approximate=False)),
-    "gelu_new": _rounded_once(functools.partial(jax.nn.gelu, approximate=True)),
-    "silu": _rounded_once(jax.nn.silu),
-}
+def _gelu(x: Array) -> Array:
+    return jax.nn.gelu(x.astype(at_least_float32(x.dtype)), approximate=False).astype(x.dtype)
+
+
+def _gelu_new(x: Array) -> Array:
+    return jax.nn.gelu(x.astype(at_least_float32(x.dtype)), approximate=True).astype(x.dtype)
+
+
+def _silu(x: Array) -> Array:
+    return jax.nn.silu(x.astype(at_least_float32(x.dtype))).astype(x.dtype)
+
+
+ACTIVATION_FUNCTIONS = {"relu": _relu, "gelu": _gelu, "gelu_new": _gelu_new, "silu": _silu}
 
 
 class Linear(nnx.Module):

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 import keras
+import numpy as np
 import tensorflow as tf
 from tensorflow import Tensor
 
@@ -127,6 +128,9 @@ class TFOPTPreTrainedModel(LoadingMixin, keras.Model):
         check_keywords(arguments.keys() - set(names), names)
         for name in arguments.keys() - _NOT_TENSORS:
             arguments[name] = as_tensor(arguments[name])
+        for name in arguments.keys() & _NOT_TENSORS:
+            if isinstance(arguments[name], np.generic):  # Keras would make a tensor of it
+                arguments[name] = arguments[name].item()
         if training is not None:  # None would hide the value that an outer model passes down
             arguments["training"] = training
         try:

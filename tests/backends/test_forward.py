@@ -150,6 +150,13 @@ def test_logits_to_keep_are_the_last_ones(backend, kept):
     assert float(with_loss.loss) == float(model(ids, attention_mask=mask, labels=ids).loss)
 
 
+def test_numbers_of_numpy_are_taken_as_those_of_python(backend):
+    model, ids = backend.random_model(config_of()), token_ids(config_of())
+    out = model(ids, logits_to_keep=np.int64(2), use_cache=np.bool_(False))
+    assert out.logits.shape[1] == 2
+    assert out.past_key_values is None
+
+
 def test_a_batch_equals_its_rows_alone(backend):
     config = config_of()
     model, ids, mask = backend.random_model(config), token_ids(config), mask_named("holes")

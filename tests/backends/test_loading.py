@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from harness import VARIANTS, Backend, config_of, rounded_weights, save_random, token_ids
+from harness import NUMPY_DTYPES, VARIANTS, Backend, config_of, rounded_weights, save_random, token_ids
 
 from opt_core import OPTConfig
 from opt_core.schema import head_names, shapes
@@ -88,6 +88,8 @@ def test_float32_is_the_default_and_names_and_dtypes_of_the_framework_are_taken(
     assert of(from_pretrained(tmp_path, dtype="bfloat16")) == "bfloat16"
     assert of(from_pretrained(tmp_path, torch_dtype="bfloat16")) == "bfloat16"
     assert of(from_pretrained(tmp_path, dtype=getattr(backend, native).bfloat16)) == "bfloat16"
+    for dtype in (np.float16, np.dtype("float16"), NUMPY_DTYPES["bfloat16"]):
+        assert of(from_pretrained(tmp_path, dtype=dtype)) == np.dtype(dtype).name
     with pytest.raises(ValueError, match="dtype: expected one of auto, float32, float16, bfloat16, got 'int8'"):
         from_pretrained(tmp_path, dtype="int8")
 
