@@ -41,7 +41,7 @@ def open_pretrained(
     Args:
         source: a folder, a weight file, or a hub id.
         overrides: config fields that the caller gave by keyword.
-        dtype: None for float32, "auto" for the stored one, or one of `opt_core.config.DTYPES`, by name or as NumPy has it.
+        dtype: None for float32, "auto" for the stored one, or one of `opt_core.config.DTYPES`, as a name or a type.
         hub_options: see `conversion.hub.resolve`.
 
     Raises:
