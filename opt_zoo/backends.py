@@ -4,10 +4,13 @@ Not a backend itself and no place for arithmetic: what differs between the frame
 and how an array becomes NumPy's.
 """
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable
+import os
+import tempfile
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -125,8 +128,29 @@ def load_backend(name: str) -> Backend:
     missing = _missing(backend)
     if missing:
         raise MissingFrameworkError(f"backend {name} needs {' and '.join(missing)}: pip install opt-zoo[{name}]")
-    importlib.import_module(backend.package)
+    with _quiet_import() if name == "tf" else contextlib.nullcontext():
+        importlib.import_module(backend.package)
     return backend
+
+
+@contextlib.contextmanager
+def _quiet_import() -> Iterator[None]:
+    """Keeps what an import writes on stderr, and shows it only where the import fails.
+
+    TensorFlow 2.21 greets there from C++, before it reads TF_CPP_MIN_LOG_LEVEL.
+    """
+    with tempfile.TemporaryFile() as kept:
+        stderr = os.dup(2)
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            kept.seek(0)
+            os.write(stderr, kept.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 def _missing(backend: Backend) -> list[str]:

@@ -6,7 +6,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 
 def stdout_console() -> Console:
@@ -24,6 +32,11 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, allow_nan=False))
 
 
+def _progress(*columns: ProgressColumn) -> Progress:
+    console = stderr_console()
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
 @contextlib.contextmanager
 def counted_progress(title: str, total: int) -> Iterator[Callable[[str], None]]:
     """A bar of `total` steps on stderr. The function it gives is called with a description before each step."""
@@ -34,7 +47,7 @@ def counted_progress(title: str, total: int) -> Iterator[Callable[[str], None]]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=stderr_console(), transient=True) as progress:
+    with _progress(*columns) as progress:
         task = progress.add_task(title, total=total)
         begun = False
 
@@ -52,6 +65,6 @@ def byte_progress(title: str) -> Iterator[Callable[[int, int], None]]:
     from rich.progress import DownloadColumn, TransferSpeedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=stderr_console(), transient=True) as progress:
+    with _progress(*columns) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -11,8 +11,11 @@ from opt_zoo.console import stderr_console
 from opt_zoo.environment import package_version
 
 COMMANDS = {"inspect": "inspection", "convert": "converting", "parity": "parity", "generate": "generating"}
-OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-EXIT_CODES = "exit codes: 0 done, 1 parity failed, 2 wrong usage, bad input or a missing framework, 130 interrupted"
+OK, FAILED, BAD_INPUT, INTERRUPTED, NO_READER = 0, 1, 2, 130, 141
+EXIT_CODES = (
+    "exit codes: 0 done, 1 parity failed, 2 wrong usage, bad input or a missing framework, 130 interrupted, "
+    "141 nobody reads stdout any more"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,9 +24,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ["KERAS_BACKEND"] = "tensorflow"  # the one that `opt_tf` runs on, whatever the shell is set to
     args = build_parser().parse_args(arguments)
     try:
-        return args.run(args)
+        code = args.run(args)
+        print(end="", flush=True)  # a closed pipe shows here, and not when Python exits
+        return code
+    except BrokenPipeError:  # of `opt-zoo ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NO_READER
     except (ProblemsError, MissingFrameworkError, OSError) as error:
-        stderr_console().print(f"opt-zoo {args.command}: error: {error}", style="red", markup=False)
+        text = str(error).removeprefix(f"opt-zoo {args.command}: ")
+        stderr_console().print(f"opt-zoo {args.command}: error: {text}", style="red", markup=False)
         return BAD_INPUT
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -125,3 +125,27 @@ def test_a_report_for_a_folder_that_is_missing_is_refused_before_anything_is_mea
 def test_loading_a_backend_by_an_unknown_name_is_a_key_error():
     with pytest.raises(KeyError):
         load_backend("numpy")
+
+
+def test_a_reader_that_goes_away_ends_the_command_without_a_word(checkpoint):
+    command = [sys.executable, "-m", "opt_zoo", "inspect", str(checkpoint), "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == ("", 141)
+    process.stderr.close()
+
+
+def test_a_framework_says_nothing_on_stderr_when_a_command_starts_it(backend, checkpoint_with_tokenizer):
+    source = str(checkpoint_with_tokenizer)
+    command = [sys.executable, "-m", "opt_zoo", "generate", source, "a", "--backend", backend.name]
+    done = subprocess.run([*command, "--max-new-tokens", "1"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_a_failed_import_wrote_is_shown(monkeypatch, tmp_path, capfd):
+    (tmp_path / "fails_to_import.py").write_text("import os; os.write(2, b'no driver'); raise ImportError('broken')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(BACKENDS, "tf", BACKENDS["tf"]._replace(package="fails_to_import", frameworks=()))
+    with pytest.raises(ImportError, match="broken"):
+        load_backend("tf")
+    assert capfd.readouterr().err == "no driver"
