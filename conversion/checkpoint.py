@@ -1,4 +1,4 @@
-"""A checkpoint in the published layout, opened without reading its weights: they come one by one.
+"""A checkpoint of any format in `conversion.formats`, opened without reading its weights: they come one by one.
 
 Takes a folder (config.json and weights), one weight file, or an index. Writing is `conversion.write`; finding a
 checkpoint on the hub is `conversion.hub`. No framework is imported.
@@ -8,13 +8,16 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from conversion import safetensors_file, torch_zip
-from conversion.formats import FORMATS, Format, weight_files
+from conversion import msgpack_file, safetensors_file, torch_zip
+from conversion.formats import Format, layout_of, published_of
 from conversion.index import check_against_shards, read_index
+from conversion.layout import Layout, schema_shape, stored_shape, to_schema
 from conversion.names import canonical_names, task_of
+from conversion.recognition import format_of, weight_files
 from conversion.stored import DTYPES, MappedFile, StoredTensor
 from opt_core.config import CONFIG_NAME, OPTConfig
 from opt_core.config import DTYPES as CONFIG_DTYPES
@@ -29,23 +32,48 @@ _COMPARED_BYTES = 1 << 24
 _SWITCHES = ("enable_bias", "layer_norm_elementwise_affine", "_remove_final_layer_norm", "tie_word_embeddings")
 
 
+class _Stored(NamedTuple):
+    """One weight: the file it is in, its name there, and how it is laid out."""
+
+    file: MappedFile
+    name: str
+    layout: Layout
+    published: str
+
+    @property
+    def tensor(self) -> StoredTensor:
+        return self.file.tensors[self.name]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return schema_shape(self.tensor.shape, self.layout)
+
+    def read(self) -> np.ndarray:
+        if self.layout.is_identity:
+            return self.file.read(self.name)
+        if self.tensor.shape != stored_shape(self.layout):
+            text = f"{self.name}: expected {stored_shape(self.layout)}, got {self.tensor.shape}"
+            raise CheckpointError(str(self.file.path), [text])
+        return np.ascontiguousarray(to_schema(self.file.read(self.name), self.layout))
+
+
 class Checkpoint:
     """The weights of one model on disk; a context manager.
 
     Attributes:
         source: the folder or file it was opened from.
-        format: "safetensors" or "torch-bin".
+        format: a key of `conversion.formats.FORMATS`.
         config: that of config.json, `torch_dtype` taken from the tensors where it has none.
         task: the class that saved it, by the names present: one of `opt_core.schema.TASKS`.
         shapes, dtypes: by the schema's names; a tied head is not among them.
     """
 
-    def __init__(self, source: str, format: str, config: OPTConfig, files: list[MappedFile]):
-        self.source, self.format, self.config = source, format, config
-        self._places = _places(files, config, source)
-        self.task = task_of(stored for _, stored in self._places.values())
-        self.shapes = {name: file.tensors[stored].shape for name, (file, stored) in self._places.items()}
-        self.dtypes = {name: file.tensors[stored].dtype for name, (file, stored) in self._places.items()}
+    def __init__(self, source: str, format: Format, config: OPTConfig, files: list[MappedFile]):
+        self.source, self.format, self.config = source, format.name, config
+        self._stored = _find_weights_in(files, format, config, source)
+        self.task = task_of(stored.published for stored in self._stored.values())
+        self.shapes = {name: stored.shape for name, stored in self._stored.items()}
+        self.dtypes = {name: stored.tensor.dtype for name, stored in self._stored.items()}
         if config.torch_dtype is None:
             self.config = config.replace(torch_dtype=_most_common_dtype(self.dtypes))
 
@@ -53,10 +81,10 @@ class Checkpoint:
         """One tensor by the schema's name: row-major, writable, in the stored dtype.
 
         bfloat16 comes as `ml_dtypes.bfloat16`. A view on a private memory map where its bytes lie in one aligned run of
-        the file, else a copy. Writing to it never reaches the file, but a later `read` may see it. It outlives `close`.
+        the file in this order, else a copy. Writing to it never reaches the file, but a later `read` may see it. It
+        outlives `close`.
         """
-        file, stored = self._places[name]
-        return file.read(stored)
+        return self._stored[name].read()
 
     def check(
         self,
@@ -82,8 +110,8 @@ class Checkpoint:
 
     def close(self) -> None:
         """Lets go of the files; arrays that were read stay valid."""
-        for file, _ in self._places.values():
-            file.close()
+        for stored in self._stored.values():
+            stored.file.close()
 
     def __enter__(self) -> "Checkpoint":
         return self
@@ -96,7 +124,8 @@ def open_checkpoint(source: str | os.PathLike, *, config: OPTConfig | None = Non
     """Opens a local folder, weight file or index; reads headers and config.json only.
 
     Args:
-        source: a folder with config.json and weights (safetensors are preferred), or one weight file or index.
+        source: a folder with config.json and weights (of several, published safetensors are preferred, then `.bin`), or
+            one weight file or index.
         config: used instead of config.json.
         verify: also reads everything once and compares it with the file's checksums, which only `.bin` has.
 
@@ -112,7 +141,7 @@ def open_checkpoint(source: str | os.PathLike, *, config: OPTConfig | None = Non
         files = _open_shards(weights, format, verify)
     else:
         files = [_open_file(weights, format, verify)]
-    return Checkpoint(str(path), format.name, config, files)
+    return Checkpoint(str(path), format, config, files)
 
 
 def _find_weights(path: Path) -> tuple[Format, Path]:
@@ -120,11 +149,7 @@ def _find_weights(path: Path) -> tuple[Format, Path]:
         return weight_files(path)
     if not path.is_file():
         raise CheckpointError(str(path), ["no such file or folder"])
-    for format in FORMATS.values():
-        if path.name.endswith((format.suffix, f"{format.suffix}.index.json")):
-            return format, path
-    suffixes = ", ".join(format.suffix for format in FORMATS.values())
-    raise CheckpointError(str(path), [f"expected a file that ends in one of {suffixes} (or such an index)"])
+    return format_of(path), path
 
 
 def read_config(source: Path) -> OPTConfig:
@@ -136,62 +161,71 @@ def read_config(source: Path) -> OPTConfig:
 
 
 def _open_file(path: Path, format: Format, verify: bool) -> MappedFile:
-    if format.name == "torch-bin":
+    if format.container == "torch-zip":
         return MappedFile(path, torch_zip.read_tensors(path, verify=verify))
+    if format.container == "msgpack":
+        return msgpack_file.open_file(path)
     header = safetensors_file.read_header(path)
     framework = header.metadata.get("format", "pt")
-    if framework != "pt":
-        text = f"expected metadata with format 'pt', got {framework!r}, whose layout of weights is not read yet"
+    if framework != format.framework:
+        text = f"expected metadata with format {format.framework!r}, got {framework!r}"
         raise CheckpointError(str(path), [text])
     return MappedFile(path, header.tensors)
 
 
 def _open_shards(index: Path, format: Format, verify: bool) -> list[MappedFile]:
-    weight_map = read_index(index, format.suffix)
+    weight_map = read_index(index, format.suffix, first_may_be_empty=format.framework != "pt")
     files = [_open_file(index.parent / shard, format, verify) for shard in dict.fromkeys(weight_map.values())]
     check_against_shards(weight_map, {file.path.name: file.tensors for file in files}, str(index))
     return files
 
 
-def _places(files: list[MappedFile], config: OPTConfig, source: str) -> dict[str, tuple[MappedFile, str]]:
-    """Canonical name to its file and its name there, a tied head left out."""
+def _find_weights_in(files: list[MappedFile], format: Format, config: OPTConfig, source: str) -> dict[str, _Stored]:
+    """By canonical name, a tied head left out."""
     tensors = {stored: (file, tensor) for file in files for stored, tensor in file.tensors.items()}
-    found, problems = canonical_names(tensors)
+    published = {stored: published_of(format, stored) for stored in tensors}
+    stored_of = {name: stored for stored, name in published.items() if name}
+    found, problems = canonical_names(stored_of)
+    problems += [
+        f"{name}: stored twice, as {stored} and as {stored_of[name]}"
+        for stored, name in published.items()
+        if name and stored_of[name] != stored
+    ]
+    problems += [
+        f"{stored[:200]}: not a weight of OPT in {format.name}" for stored, name in published.items() if name is None
+    ]
     problems += [
         f"{stored}: expected a dtype of {', '.join(DTYPES)}, got {tensor.dtype}"
         for stored, (_, tensor) in tensors.items()
         if tensor.dtype not in DTYPES
     ]
     raise_if(CheckpointError, source, problems)
-    places = {name: (tensors[stored][0], stored) for name, stored in found.items()}
-    if config.tie_word_embeddings and _HEAD in places:
-        places = _without_tied_head(places, source)
-    return places
+    weights = {
+        name: _Stored(tensors[stored_of[known]][0], stored_of[known], layout_of(format, name, config), known)
+        for name, known in found.items()
+    }
+    if config.tie_word_embeddings and _HEAD in weights:
+        weights = _without_tied_head(weights, source)
+    return weights
 
 
-def _without_tied_head(places: dict[str, tuple[MappedFile, str]], source: str) -> dict[str, tuple[MappedFile, str]]:
-    head = places.pop(_HEAD)
-    embedding = places.setdefault(_EMBEDDING, head)  # safetensors' save_model keeps one name of the two
+def _without_tied_head(weights: dict[str, _Stored], source: str) -> dict[str, _Stored]:
+    head = weights.pop(_HEAD)
+    embedding = weights.setdefault(_EMBEDDING, head)  # safetensors' save_model keeps one name of the two
     if not _same_values(embedding, head):
         text = f"{_HEAD}: expected the values of {_EMBEDDING}, to which the config ties it, got others"
         raise CheckpointError(source, [f"{text}; a config with tie_word_embeddings=false keeps both"])
-    return places
+    return weights
 
 
-def _same_values(a: tuple[MappedFile, str], b: tuple[MappedFile, str]) -> bool:
-    a_stored, b_stored = _tensor(a), _tensor(b)
-    if a[0] is b[0] and a_stored == b_stored:
+def _same_values(a: _Stored, b: _Stored) -> bool:
+    if a.file is b.file and a.tensor == b.tensor and a.layout == b.layout:
         return True
-    if (a_stored.dtype, a_stored.shape) != (b_stored.dtype, b_stored.shape):
+    if (a.tensor.dtype, a.shape) != (b.tensor.dtype, b.shape):
         return False
-    a_bytes, b_bytes = (file.read(stored).reshape(-1).view(np.uint8) for file, stored in (a, b))
+    a_bytes, b_bytes = (stored.read().reshape(-1).view(np.uint8) for stored in (a, b))
     starts = range(0, a_bytes.size, _COMPARED_BYTES)
     return all(np.array_equal(a_bytes[i : i + _COMPARED_BYTES], b_bytes[i : i + _COMPARED_BYTES]) for i in starts)
-
-
-def _tensor(place: tuple[MappedFile, str]) -> StoredTensor:
-    file, stored = place
-    return file.tensors[stored]
 
 
 def _most_common_dtype(dtypes: dict[str, str]) -> str | None:

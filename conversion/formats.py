@@ -1,17 +1,18 @@
 """The formats, each a declaration: what its files are called, how each weight is named and laid out in them.
 
-Reading and writing derive from the same rules. So far the published layout in its two containers; a further format is a
-further table. Names met in the wild that no program writes today are `conversion.names`' business.
+Reading and writing derive from the same rows: the published layout in two containers, and what the published Flax
+classes save. Names of the published layout that no program writes today are `conversion.names`' business; which format
+a file is in, `conversion.recognition`'s. Source of the Flax table: what transformers 4.57.6 writes.
 """
 
 import re
-from pathlib import Path
+from functools import lru_cache
 from typing import NamedTuple
 
 from conversion.layout import Layout
+from conversion.stored import DTYPES
 from opt_core.config import OPTConfig
-from opt_core.errors import CheckpointError
-from opt_core.schema import Weight, published_name, weights
+from opt_core.schema import SCHEMA, TASKS, Weight, published_name, weights
 
 
 class Rule(NamedTuple):
@@ -28,6 +29,7 @@ class Rule(NamedTuple):
     skip_rows: int = 0  # see `Layout`
     slot: tuple[int, int] | None = None  # see `Layout`
     split: str = ""  # the letter along which model-parallel parts cut it; "": each part holds it whole
+    older: str | None = None  # the stored name in older files, which is read but not written
 
     def match(self, name: str) -> re.Match | None:
         pattern = re.escape(self.weights).replace(r"\*", "(.+)").replace(r"\{layer\}", r"(?P<layer>\d+)")
@@ -35,12 +37,18 @@ class Rule(NamedTuple):
 
 
 class Format(NamedTuple):
-    """A container, the names of its files, and its rules."""
+    """A container, the names of its files, its rules, and what it cannot hold."""
 
     name: str
     stem: str  # of a single file; shards are `<stem>-00001-of-00002<suffix>`, their index `<stem><suffix>.index.json`
     suffix: str
     rules: tuple[Rule, ...]
+    container: str = "safetensors"  # or "torch-zip", "msgpack"
+    framework: str = "pt"  # the word for it in the metadata of safetensors
+    separator: str = "."  # in stored names, instead of the dots of the rules
+    tasks: tuple[str, ...] = TASKS  # those whose published classes exist in this framework
+    requires: tuple[tuple[str, bool], ...] = ()  # switches of the config that those classes do not have, as they act
+    dtypes: tuple[str, ...] = tuple(DTYPES)
 
     @property
     def single_name(self) -> str:
@@ -57,13 +65,25 @@ class Format(NamedTuple):
 
 
 _PUBLISHED = (Rule("*", "{model}{0}"),)
+_FLAX = (
+    Rule("*.embed_*.weight", "{model}{0}.embed_{1}.embedding"),
+    Rule("*norm.weight", "{model}{0}norm.scale"),
+    Rule("*.bias", "{model}{0}.bias"),
+    Rule("*.weight", "{model}{0}.kernel", dims="reversed"),
+)
+_TWO_CLASSES = ("base", "causal-lm")  # of which the published Flax and TensorFlow code has the OPT model
+_ALWAYS_ON = (("enable_bias", True), ("layer_norm_elementwise_affine", True))
 
 # In order of preference where a folder holds several.
 FORMATS = {
     format.name: format
     for format in (
         Format("safetensors", "model", ".safetensors", _PUBLISHED),
-        Format("torch-bin", "pytorch_model", ".bin", _PUBLISHED),
+        Format("torch-bin", "pytorch_model", ".bin", _PUBLISHED, "torch-zip"),
+        Format(
+            "flax-safetensors", "model", ".safetensors", _FLAX, "safetensors", "flax", ".", _TWO_CLASSES, _ALWAYS_ON
+        ),
+        Format("flax-msgpack", "flax_model", ".msgpack", _FLAX, "msgpack", "flax", "/", _TWO_CLASSES, _ALWAYS_ON),
     )
 }
 
@@ -89,17 +109,22 @@ def places(format: Format, config: OPTConfig, task: str) -> dict[str, Place]:
 
 
 def _place(format: Format, weight: Weight, config: OPTConfig, task: str) -> Place:
+    rule, match = _matching_rule(format, weight.name)
+    return Place(_stored_name(format, rule.stored, match, task), _layout(rule, weight, config), rule.split)
+
+
+def _matching_rule(format: Format, name: str) -> tuple[Rule, re.Match]:
     for rule in format.rules:
-        if match := rule.match(weight.name):
-            return Place(_stored_name(rule, match, task), _layout(rule, weight, config), rule.split)
-    raise ValueError(f"{format.name}: no rule for {weight.name}")
+        if match := rule.match(name):
+            return rule, match
+    raise ValueError(f"{format.name}: no rule for {name}")
 
 
-def _stored_name(rule: Rule, match: re.Match, task: str) -> str:
+def _stored_name(format: Format, pattern: str, match: re.Match, task: str) -> str:
     named = match.groupdict()
     starred = [text for group, text in enumerate(match.groups(), 1) if group not in match.re.groupindex.values()]
     prefix = published_name(match.string, task).removesuffix(match.string)
-    return rule.stored.format(*starred, model=prefix, **named)
+    return pattern.format(*starred, model=prefix, **named).replace(".", format.separator)
 
 
 def _layout(rule: Rule, weight: Weight, config: OPTConfig) -> Layout:
@@ -114,37 +139,62 @@ def _layout(rule: Rule, weight: Weight, config: OPTConfig) -> Layout:
     return layout
 
 
-# File of a checkpoint that is not read (yet) -> what it is.
-_FOREIGN_FILES = {
-    "adapter_model.*": "a LoRA adapter: merge it into its base model first",
-    "tf_model*.h5": "TensorFlow weights, which are not read yet",
-    "flax_model*.msgpack": "Flax weights, which are not read yet",
-    "*.pt": "metaseq weights, which are not read yet",
-}
+# -- reading: the same rows, from the stored name ---------------------------------------------------------------------
+
+_LAYER = re.compile(r"(?<=layers[./])(0|[1-9][0-9]{0,5})(?=[./])")
 
 
-def weight_files(folder: Path) -> tuple[Format, Path]:
-    """The preferred format in a folder, and its single file or its index.
-
-    Raises:
-        CheckpointError: no weights, shards without an index, or a single file beside an index.
-    """
-    for format in FORMATS.values():
-        single, index = folder / format.single_name, folder / format.index_name
-        if single.is_file() and index.is_file():
-            text = f"holds both {single.name} and {index.name}: name the one that is meant, or delete the other"
-            raise CheckpointError(str(folder), [text])
-        if single.is_file() or index.is_file():
-            return format, single if single.is_file() else index
-    raise CheckpointError(str(folder), _why_there_are_no_weights(folder))
+def published_of(format: Format, stored: str) -> str | None:
+    """The published name of the weight that the format stores under `stored`; None where it stores none there."""
+    if format.rules is _PUBLISHED:
+        return stored
+    layer = _LAYER.search(stored)
+    published = _published_of_layer_0(format).get(_LAYER.sub("0", stored, count=1))
+    return _LAYER.sub(layer[1], published, count=1) if layer and published else published
 
 
-def _why_there_are_no_weights(folder: Path) -> list[str]:
-    names = [name for format in FORMATS.values() for name in (format.single_name, format.index_name)]
-    problems = [f"no weights: looked for {', '.join(names)}"]
-    for format in FORMATS.values():
-        if any(format.owns(path.name) for path in folder.iterdir()):
-            problems.append(f"{format.index_name}: missing, though shards of it are there")
-    for pattern, what in _FOREIGN_FILES.items():
-        problems += [f"{path.name}: {what}" for path in sorted(folder.glob(pattern))[:3]]
+@lru_cache
+def _published_of_layer_0(format: Format) -> dict[str, str]:
+    inverse: dict[str, str] = {}
+    for row in SCHEMA:
+        name = row.name.format(layer=0)
+        rule, match = _matching_rule(format, name)
+        for task in reversed(row.tasks):  # the base class comes last: it may store the same names as the others
+            for pattern in (rule.stored, rule.older):
+                if pattern:
+                    inverse.setdefault(_stored_name(format, pattern, match, task), published_name(name, task))
+    return inverse
+
+
+def layout_of(format: Format, name: str, config: OPTConfig) -> Layout:
+    """How the format stores the weight with the schema's `name`, whether or not the config has it."""
+    row = _rows()[_LAYER.sub("{layer}", name, count=1)]
+    return _layout(_matching_rule(format, name)[0], row._replace(name=name), config)
+
+
+@lru_cache
+def _rows() -> dict[str, Weight]:
+    return {row.name: row for row in SCHEMA}
+
+
+# -- writing: what a format cannot hold -------------------------------------------------------------------------------
+
+
+def refusals(format: Format, config: OPTConfig, task: str) -> list[str]:
+    """Why a model cannot be written in a format such that the published classes of its framework load it as it is."""
+    problems = [
+        f"{field}: expected {value} for {format.name}, got {getattr(config, field)}: {_REASONS[field]}"
+        for field, value in format.requires
+        if getattr(config, field) != value and not (field == "tie_word_embeddings" and task == "base")
+    ]
+    if task not in format.tasks:
+        text = "there is no published class for it in that framework"
+        problems.append(f"task: expected one of {', '.join(format.tasks)} for {format.name}, got {task}: {text}")
     return problems
+
+
+_REASONS = {
+    "enable_bias": "the published class always has biases",
+    "layer_norm_elementwise_affine": "the published class always has weights in its norms",
+    "tie_word_embeddings": "the format has no place for a head, and the published class would use the embedding",
+}

@@ -29,8 +29,8 @@ def resolve(
 ) -> Path:
     """The local folder or file of a checkpoint: `source` itself if it exists, else a hub repository, fetched or cached.
 
-    Of a repository it fetches config.json and the weights: safetensors if it has them, else `.bin`. The arguments are
-    those of `huggingface_hub.hf_hub_download`.
+    Of a repository it fetches config.json and the weights: safetensors if it has them, else `.bin`, else those of Flax.
+    The arguments are those of `huggingface_hub.hf_hub_download`.
 
     Raises:
         CheckpointError: `source` is neither; the error says what was tried.
@@ -80,16 +80,16 @@ def _fetch_weights(repo_id: str, fetch: Callable[[str], Path]) -> None:
     from huggingface_hub.utils import EntryNotFoundError
 
     tried = []
-    for format in FORMATS.values():
-        for name in (format.single_name, format.index_name):
-            try:
-                path = fetch(name)
-            except EntryNotFoundError:
-                tried.append(name)
-                continue
-            for shard in index_files(path, format.suffix) if name == format.index_name else ():
-                fetch(shard)
-            return
+    names = {name: f.suffix for f in FORMATS.values() for name in (f.single_name, f.index_name)}
+    for name, suffix in names.items():
+        try:
+            path = fetch(name)
+        except EntryNotFoundError:
+            tried.append(name)
+            continue
+        for shard in index_files(path, suffix) if name.endswith(".index.json") else ():
+            fetch(shard)
+        return
     raise CheckpointError(
         repo_id, ["no such local file or folder", f"hub: has {CONFIG_NAME}, but none of {', '.join(tried)}"]
     )

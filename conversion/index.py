@@ -15,12 +15,14 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**
 _NUMBERED = re.compile(r"-(\d{5,})-of-(\d{5,})\.")
 
 
-def read_index(path: Path, suffix: str) -> dict[str, str]:
+def read_index(path: Path, suffix: str, *, first_may_be_empty: bool = False) -> dict[str, str]:
     """The checked `weight_map` of an index: stored name to file name, every file a plain name that is there.
 
     Args:
         path: the index.
         suffix: what the names of the shards must end in.
+        first_may_be_empty: the index may leave out the first shard, which the published TensorFlow and Flax code leaves
+            empty when the first tensor is larger than a shard.
 
     Raises:
         CheckpointError: lists every unsafe, missing or incomplete entry.
@@ -30,7 +32,7 @@ def read_index(path: Path, suffix: str) -> dict[str, str]:
     problems = [
         problem for shard in shards for problem in (_name_problems(shard, suffix) or _file_problems(path, shard))
     ]
-    raise_if(CheckpointError, str(path), problems or _numbering_problems(set(shards)))
+    raise_if(CheckpointError, str(path), problems or _numbering_problems(set(shards), first_may_be_empty))
     return weight_map
 
 
@@ -105,14 +107,18 @@ def _boundary(folder: Path) -> Path:
     return folder.resolve()
 
 
-def _numbering_problems(shards: set[str]) -> Iterator[str]:
+def _numbering_problems(shards: set[str], first_may_be_empty: bool) -> Iterator[str]:
     numbers = [match.groups() for shard in shards if (match := _NUMBERED.search(shard))]
     if not numbers:
         return
     totals = {int(total) for _, total in numbers}
     if len(totals) > 1 or len(numbers) != len(shards):
         yield f"shards of different sets: {', '.join(sorted(shards)[:10])}"
-    elif {int(number) for number, _ in numbers} != set(range(1, min(max(totals), len(numbers) + 1) + 1)):
+        return
+    found, total = {int(number) for number, _ in numbers}, max(totals)
+    if first_may_be_empty and total == len(numbers) + 1:
+        found.add(1)
+    if found != set(range(1, min(total, len(numbers) + 1) + 1)):
         yield f"expected {max(totals)} shards, the index names {len(numbers)}"
 
 

@@ -46,6 +46,18 @@ def stored_shape(layout: Layout) -> tuple[int, ...]:
     return tuple(layout.stored_lengths[letter] for letter in layout.stored)
 
 
+def schema_shape(shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
+    """The shape in the schema of a tensor stored as `shape`; of one that does not fit, its axes in the schema's order.
+
+    What does not fit and is more than a change of order keeps its shape.
+    """
+    if shape == stored_shape(layout):
+        return tuple(layout.lengths[letter] for letter in layout.dims)
+    if len(shape) == len(layout.dims) and sorted(layout.stored) == sorted(layout.dims):
+        return tuple(shape[layout.stored.index(letter)] for letter in layout.dims)
+    return shape
+
+
 def to_stored(array: np.ndarray, layout: Layout) -> np.ndarray:
     """From the schema's shape to that in the file; a view where NumPy allows, `array` itself where nothing changes."""
     if layout.is_identity:

@@ -132,14 +132,17 @@ class PlannedTensor(NamedTuple):
 
 
 def write_file(
-    file: BinaryIO, tensors: Iterable[PlannedTensor], write_tensor: Callable[[IO[bytes], PlannedTensor], None]
+    file: BinaryIO,
+    tensors: Iterable[PlannedTensor],
+    write_tensor: Callable[[IO[bytes], PlannedTensor], None],
+    framework: str = "pt",
 ) -> None:
     """Writes a header for all `tensors`, then calls `write_tensor(file, tensor)` for each, widest dtype first.
 
     The order keeps every tensor aligned to its item size. `write_tensor` must write exactly `tensor.nbytes` bytes.
     """
     ordered = sorted(tensors, key=lambda tensor: -DTYPES[tensor.dtype].itemsize)
-    header = _header_bytes(ordered)
+    header = _header_bytes(ordered, framework)
     file.write(struct.pack("<Q", len(header)) + header)
     for tensor in ordered:
         before = file.tell()
@@ -149,8 +152,8 @@ def write_file(
     os.fsync(file.fileno())
 
 
-def _header_bytes(tensors: Iterable[PlannedTensor]) -> bytes:
-    fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def _header_bytes(tensors: Iterable[PlannedTensor], framework: str) -> bytes:
+    fields: dict[str, Any] = {"__metadata__": {"format": framework}}
     start = 0
     for tensor in tensors:
         stop = start + tensor.nbytes

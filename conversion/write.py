@@ -1,4 +1,4 @@
-"""Writes a checkpoint in the published layout, one tensor at a time; a broken run leaves no half that passes for whole.
+"""Writes a checkpoint, one tensor at a time; a broken run leaves no half that passes for whole.
 
 Every file is first written under a temporary name and synced; when all are complete they are renamed, config.json last.
 """
@@ -15,8 +15,8 @@ from typing import IO, Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from conversion import safetensors_file, torch_zip
-from conversion.formats import FORMATS, Format, places
+from conversion import msgpack_file, safetensors_file, torch_zip
+from conversion.formats import FORMATS, Format, places, refusals
 from conversion.index import parse_size, plan_shards, shard_name
 from conversion.layout import Layout, stored_shape, to_stored
 from conversion.safetensors_file import PlannedTensor
@@ -32,7 +32,11 @@ CLASSES = {
     "sequence-classification": "OPTForSequenceClassification",
     "question-answering": "OPTForQuestionAnswering",
 }
-_WRITERS = {"safetensors": safetensors_file.write_file, "torch-bin": torch_zip.write_file}
+_WRITERS = {
+    "safetensors": safetensors_file.write_file,
+    "torch-zip": torch_zip.write_file,
+    "msgpack": msgpack_file.write_file,
+}
 _CAST_BYTES = 1 << 24
 
 
@@ -57,7 +61,8 @@ def write_checkpoint(
             `read(name)`, `shapes` and `dtypes` such as a `Checkpoint`. Each is asked for when its turn comes; without
             a `dtype`, functions are called once more beforehand for their dtypes.
         dtype: "float32", "float16" or "bfloat16"; None keeps that of each tensor.
-        format: "safetensors" or "torch-bin".
+        format: a key of `conversion.formats.FORMATS`: "safetensors" and "torch-bin" hold the published layout,
+            "flax-msgpack" and "flax-safetensors" that of the published Flax classes.
         overwrite: replaces an older checkpoint, whose shards and index do not stay behind.
         progress: called with (bytes written, bytes in all) after each tensor.
 
@@ -65,7 +70,8 @@ def write_checkpoint(
         The files written, config.json last.
 
     Raises:
-        CheckpointError: the tensors are not those of the config, or values overflow `dtype` (all of them are listed).
+        CheckpointError: the tensors are not those of the config, values overflow `dtype` (all of them are listed), or
+            the format cannot hold this model as it is.
         FileExistsError: the folder holds a checkpoint and `overwrite` is false.
     """
     if format not in FORMATS or dtype not in (None, *CONFIG_DTYPES):
@@ -135,13 +141,14 @@ class _Planned(NamedTuple):
 
 
 def _plan(config: OPTConfig, task: str, source: _Source, dtype: str | None, format: Format) -> list[_Planned]:
+    raise_if(CheckpointError, "write_checkpoint", refusals(format, config, task))
     expected = shapes(config, task)
     check_shapes({name: expected.get(name, ()) for name in source.names}, config, task, source="write_checkpoint")
     dtypes = {name: dtype or source.dtype(name) for name in expected}
     wrong = [
-        f"{name}: expected a dtype of {', '.join(DTYPES)}, got {got}"
+        f"{name}: expected a dtype of {', '.join(format.dtypes)} for {format.name}, got {got}"
         for name, got in dtypes.items()
-        if got not in DTYPES
+        if got not in format.dtypes
     ]
     raise_if(CheckpointError, "write_checkpoint", wrong)
     return [
@@ -217,11 +224,12 @@ def _sync(path: Path) -> None:
 
 def _write_shards(staged: _Staged, format: Format, shards: list[list[PlannedTensor]], stream: "_Stream") -> None:
     weight_map: dict[str, str] = {}
+    options = {"framework": format.framework} if format.container == "safetensors" else {}
     for number, shard in enumerate(shards, start=1):
         file_name = shard_name(format.stem, format.suffix, number, len(shards))
         weight_map.update(dict.fromkeys((tensor.name for tensor in shard), file_name))
         with open(staged.path(file_name), "wb") as file:
-            _WRITERS[format.name](file, shard, stream.write)
+            _WRITERS[format.container](file, shard, stream.write, **options)
     if len(shards) > 1:
         _write_index(staged.path(format.index_name), shards, weight_map)
 

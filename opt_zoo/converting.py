@@ -16,7 +16,12 @@ DESCRIPTION = """Writes config, weights and, where the source has them, tokenize
 one tensor in memory at a time. The weights are checked against the config first; files get their names when all are
 written."""
 
-FORMAT_NAMES = {"safetensors": "safetensors", "bin": "torch-bin"}  # on the command line -> in `conversion`
+FORMAT_NAMES = {  # on the command line -> in `conversion`
+    "safetensors": "safetensors",
+    "bin": "torch-bin",
+    "flax-msgpack": "flax-msgpack",
+    "flax-safetensors": "flax-safetensors",
+}
 SIDE_FILES = ("generation_config.json",)  # beside the tokenizer's, copied as they are
 
 

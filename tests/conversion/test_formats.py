@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from checkpoints import VARIANTS, config_of, tensors_of
 
-from conversion.formats import FORMATS, Format, Rule, places
-from conversion.layout import block, stored_shape, to_schema, to_stored
+from conversion.formats import FORMATS, Format, Rule, layout_of, places, published_of
+from conversion.layout import block, schema_shape, stored_shape, to_schema, to_stored
+from conversion.names import canonical_name
 from opt_core.schema import TASKS, published_name, shapes
 
 # Formats of other programs in miniature, to show that the table can say what they need.
@@ -55,6 +56,7 @@ def test_every_weight_has_one_place_and_every_layout_inverts(format, variant, ta
     for name, place in where.items():
         stored = to_stored(tensors[name], place.layout)
         assert stored.shape == stored_shape(place.layout), name
+        assert schema_shape(stored.shape, place.layout) == tensors[name].shape, name
         back = to_schema(stored, place.layout)
         skipped = place.layout.skip_rows
         assert np.array_equal(back[skipped:], tensors[name][skipped:]), name
@@ -62,7 +64,7 @@ def test_every_weight_has_one_place_and_every_layout_inverts(format, variant, ta
         assert not back[:skipped].any(), name
 
 
-@pytest.mark.parametrize("format", FORMATS.values(), ids=lambda format: format.name)
+@pytest.mark.parametrize("format", [FORMATS["safetensors"], FORMATS["torch-bin"]], ids=lambda format: format.name)
 @pytest.mark.parametrize("task", TASKS)
 def test_the_published_layout_is_the_schemas_own(format, task):
     config = config_of("350m-style", num_labels=5)
@@ -102,6 +104,21 @@ def test_fused_keys_values_and_queries_are_blocks_of_one_tensor():
     assert {where[name].name for name in names} == {"decoder.layers.0.self_attn.qkv_proj.weight"}
     joint = np.concatenate([tensors[name] for name in names])
     assert all(np.array_equal(block(joint, where[name].layout.slot), tensors[name]) for name in names)
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=lambda format: format.name)
+@pytest.mark.parametrize("variant", [*VARIANTS])
+def test_a_stored_name_leads_back_to_its_weight_and_layout(format, variant):
+    for task in format.tasks:
+        config = config_of(variant, num_labels=5, num_hidden_layers=11)
+        for name, place in places(format, config, task).items():
+            assert canonical_name(published_of(format, place.name)) == name
+            assert layout_of(format, name, config) == place.layout
+
+
+def test_names_that_a_format_does_not_store_lead_nowhere():
+    for name in ("model/decoder/layers/00/fc1/kernel", "model/decoder/layers/1/fc1/weight", "decoder", "model.lm_head"):
+        assert published_of(FORMATS["flax-msgpack"], name) is None
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def test_an_entry_that_disagrees_with_the_file_is_named(folder, fields, problem)
 @pytest.mark.parametrize("framework", ["tf", "flax", "mlx"])
 def test_safetensors_of_another_framework_are_refused_by_their_metadata(folder, framework):
     rewrite_header(folder, lambda text: text.replace('"format":"pt"', f'"format":"{framework}"'))
-    assert f"'{framework}'" in refusal(folder)
+    assert framework in refusal(folder)
 
 
 def test_metadata_that_is_not_text_is_refused(folder):
