@@ -218,7 +218,7 @@ class _Scan:
 
 
 _INTEGERS = {0xCC: "B", 0xCD: "H", 0xCE: "I", 0xCF: "Q"}
-_EXTENSIONS = {0xC7: "B", 0xC8: "H", 0xC9: "I", 0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}
+_EXTENSIONS: dict[int, str | int] = {0xC7: "B", 0xC8: "H", 0xC9: "I", 0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import numpy as np
 
 from conversion.checkpoint import Checkpoint
 from conversion.stored import DTYPES
+from opt_core.errors import CheckpointError, raise_if
 
 _ALIGNMENT = 64  # bytes, of the copies
 _BUFFER_BYTES = 1 << 28
@@ -28,10 +29,13 @@ def read_parameters(
     """Yields (name, array) for the schema's `names`, in any order, in `dtype`.
 
     Arrays are as those of `Checkpoint.read`. The copies among them share buffers of about 256 MB; a buffer is freed
-    with the last of its arrays. Values beyond the range of `dtype` become infinite.
+    with the last of its arrays.
 
     Args:
         alignment: at most 64; addresses are multiples of it, in bytes.
+
+    Raises:
+        CheckpointError: finite values that `dtype` cannot hold, with the name of each such weight.
     """
     waiting: dict[str, np.ndarray] = {}
     for name in names:
@@ -41,17 +45,19 @@ def read_parameters(
             continue
         waiting[name] = array
         if sum(array.nbytes for array in waiting.values()) >= _BUFFER_BYTES:
-            yield from _copies(waiting, DTYPES[dtype])
+            yield from _copies(waiting, DTYPES[dtype], checkpoint.source)
             waiting = {}
     if waiting:
-        yield from _copies(waiting, DTYPES[dtype])
+        yield from _copies(waiting, DTYPES[dtype], checkpoint.source)
 
 
-def _copies(arrays: dict[str, np.ndarray], dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
+def _copies(arrays: dict[str, np.ndarray], dtype: np.dtype, source: str) -> Iterator[tuple[str, np.ndarray]]:
     copies = _empty_arrays([array.shape for array in arrays.values()], dtype)
     chunks = [chunk for pair in zip(copies, arrays.values(), strict=True) for chunk in _chunks(*pair)]
     with ThreadPoolExecutor(min(os.cpu_count() or 1, _MAX_THREADS)) as threads:
-        list(threads.map(_copy, chunks))  # raises what a thread raised
+        overflowed = any(list(threads.map(_copy, chunks)))
+    if overflowed:
+        raise_if(CheckpointError, source, _overflows(arrays, dtype))
     yield from zip(arrays, copies, strict=True)
 
 
@@ -85,6 +91,18 @@ def _chunks(target: np.ndarray, source: np.ndarray) -> Iterator[tuple[np.ndarray
         yield target[start : start + _CHUNK_ELEMENTS], source[start : start + _CHUNK_ELEMENTS]
 
 
-def _copy(chunk: tuple[np.ndarray, np.ndarray]) -> None:
+def _copy(chunk: tuple[np.ndarray, np.ndarray]) -> bool:
+    """Copies a piece; True where a float16 copy holds infinities, be they stored ones or overflow."""
+    target, source = chunk
     with np.errstate(over="ignore", invalid="ignore"):
-        np.copyto(*chunk, casting="unsafe")
+        np.copyto(target, source, casting="unsafe")
+    return target.dtype == np.float16 != source.dtype and bool(np.isinf(target).any())
+
+
+def _overflows(arrays: dict[str, np.ndarray], dtype: np.dtype) -> Iterator[str]:
+    for name, array in arrays.items():
+        with np.errstate(over="ignore", invalid="ignore"):
+            overflowed = np.isinf(array.astype(dtype)) & np.isfinite(array)
+        if overflowed.any():
+            largest = np.abs(array[overflowed].astype(np.float64)).max()
+            yield f"{name}: expected values within the range of {dtype.name}, got {largest:.6g}"

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from harness import NUMPY_DTYPES, VARIANTS, Backend, config_of, rounded_weights, save_random, token_ids
 
+from conversion import write_checkpoint
 from opt_core import OPTConfig
 from opt_core.schema import head_names, shapes
 
@@ -92,6 +93,19 @@ def test_float32_is_the_default_and_names_and_dtypes_of_the_framework_are_taken(
         assert of(from_pretrained(tmp_path, dtype=dtype)) == np.dtype(dtype).name
     with pytest.raises(ValueError, match="dtype: expected one of auto, float32, float16, bfloat16, got 'int8'"):
         from_pretrained(tmp_path, dtype="int8")
+
+
+def test_values_that_the_dtype_cannot_hold_are_refused_and_named(backend, tmp_path):
+    config = config_of()
+    weights = rounded_weights(config)
+    weights["decoder.layers.1.fc1.weight"][2, 3] = -70000.0
+    weights["decoder.layers.2.fc2.bias"][4] = 1e30
+    write_checkpoint(tmp_path, config, weights)
+    assert backend.model_class().from_pretrained(tmp_path, dtype="bfloat16")
+    with pytest.raises(ValueError, match="2 problems") as caught:
+        backend.model_class().from_pretrained(tmp_path, dtype="float16")
+    assert "decoder.layers.1.fc1.weight: expected values within the range of float16, got 70000" in str(caught.value)
+    assert "decoder.layers.2.fc2.bias: expected values within the range of float16, got 1e+30" in str(caught.value)
 
 
 def test_a_loaded_model_is_in_evaluation_mode(backend):

@@ -8,6 +8,7 @@ from harness import NUMPY_DTYPES, config_of, rounded_weights, save_random, shift
 
 from conversion import open_checkpoint, parameters, write_checkpoint
 from conversion.parameters import read_parameters
+from opt_core.errors import CheckpointError
 from opt_core.schema import shapes
 
 WIDE = dict(vocab_size=97, hidden_size=64, ffn_dim=96, num_attention_heads=2)  # tensors of whole 64 bytes
@@ -68,16 +69,20 @@ def test_writing_to_an_array_never_reaches_the_file(tmp_path):
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
-def test_values_beyond_the_range_become_infinite_without_a_warning(tmp_path):
+def test_values_beyond_the_range_are_named_and_stored_infinities_pass_without_a_warning(tmp_path):
     config = config_of(num_hidden_layers=0)
     name = "decoder.embed_tokens.weight"
     weights = rounded_weights(config)
-    weights[name][3, 5] = -1e6
+    weights[name][3, 5] = -np.inf
     write_checkpoint(tmp_path, config, weights)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ((_, array),) = read_parameters(open_checkpoint(tmp_path), [name], "float16")
-    assert array[3, 5] == -np.inf
+        assert array[3, 5] == -np.inf
+        weights[name][4, 6] = -1e6
+        write_checkpoint(tmp_path, config, weights, overwrite=True)
+        with pytest.raises(CheckpointError, match=f"{name}: expected values within the range of float16, got 1e.06"):
+            list(read_parameters(open_checkpoint(tmp_path), [name], "float16"))
 
 
 def test_an_error_in_a_thread_is_raised(tmp_path, monkeypatch):
