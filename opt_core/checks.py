@@ -240,7 +240,7 @@ def check_cache(cache, kind: type) -> None:
 
 
 def array_of(x) -> np.ndarray:
-    """A NumPy array of numbers from one, or from nested lists."""
+    """A NumPy array of numbers, in the byte order of this machine, from one or from nested lists."""
     try:
         array = np.asarray(x)
     except ValueError:  # rows of different lengths
@@ -249,7 +249,7 @@ def array_of(x) -> np.ndarray:
         got = " ".join(repr(x).split())
         problem = f"expected numbers, in an array or in nested lists of equal length, got {got[:60]}"
         raise InputError("invalid arguments", [problem])
-    return array
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def check_choice(name: str, value, choices: Iterable) -> None:

@@ -62,7 +62,7 @@ def plan_generation(
 
     Raises:
         KeywordError: an option that does not exist.
-        InputError: everything else, all at once (lengths once the prompt is right); nothing has been computed by then.
+        InputError: everything else, all at once (lengths once prompt and ids are right), before anything is computed.
     """
     known_options = (*GREEDY_OPTIONS, *arguments_of(plan_generation))
     check_keywords([name for name in options if name not in GREEDY_OPTIONS], known_options)
@@ -70,11 +70,13 @@ def plan_generation(
         input_ids = Known((1, 1), "int64", np.array([[config.bos_token_id]]))
     eos = config.eos_token_ids if eos_token_id is None else tuple(np.atleast_1d(eos_token_id).tolist())
     pad = _first_of(pad_token_id, config.pad_token_id, *eos, 0)
-    problems = [*_option_problems(options), *_id_problems(config, eos_token_id=eos, pad_token_id=(pad,))]
+    id_problems = _id_problems(config, eos_token_id=eos, pad_token_id=(pad,))
+    problems = [*_option_problems(options), *id_problems]
     try:
         check_inputs(config, input_ids=input_ids, attention_mask=attention_mask)
     except InputError as error:  # what follows reads the prompt
         raise InputError("generate", [*error.problems, *problems]) from None
+    raise_if(InputError, "generate", problems if id_problems else [])  # what follows compares with them
     assert input_ids is not None  # or the check above would have refused it
     ids = np.asarray(input_ids.values).astype(np.int64)
     real = _real_tokens(ids, attention_mask, pad, eos)

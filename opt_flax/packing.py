@@ -29,10 +29,13 @@ def make_packing(attention_mask: Array) -> Packing:
 
 @jax.jit
 def pack(x_BTD: Array, packing: Packing | None) -> Array:
-    """Moves the real tokens of each row to its left; the identity without padding."""
+    """Moves the real tokens of each row to its left, zero behind them; the identity without padding.
+
+    Zero, since a kernel weighs what it must not see with 0, and 0 x NaN is NaN.
+    """
     if packing is None:
         return x_BTD
-    return _take_columns(x_BTD, packing.order_BT)
+    return _take_columns(jnp.where(packing.real_BT[..., None], x_BTD, 0), packing.order_BT)
 
 
 @jax.jit

@@ -26,9 +26,13 @@ def make_packing(attention_mask: Tensor) -> Packing:
 
 
 def pack(x_BTD: Tensor, packing: Packing | None) -> Tensor:
-    """Moves the real tokens of each row to its left; the identity without padding."""
+    """Moves the real tokens of each row to its left, zero behind them; the identity without padding.
+
+    Zero, since a kernel weighs what it must not see with 0, and 0 x NaN is NaN.
+    """
     if packing is None:
         return x_BTD
+    x_BTD = tf.where(packing.real_BT[..., None], x_BTD, tf.zeros([], x_BTD.dtype))
     return _take_columns(x_BTD, packing.order_BT)
 
 

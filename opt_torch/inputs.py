@@ -12,7 +12,8 @@ def as_tensor(x, device, dtype=None) -> Tensor | None:
     if x is None:
         return None
     if not isinstance(x, Tensor):
-        x = torch.as_tensor(array_of(x), device=device)
+        array = array_of(x)
+        x = torch.as_tensor(array if array.flags.writeable else array.copy(), device=device)  # or PyTorch would warn
     return x if dtype is None else x.to(dtype)
 
 

@@ -124,6 +124,28 @@ def test_masks_and_ids_of_any_dtype_mean_the_same(backend, dtype):
     np.testing.assert_array_equal(backend.numpy(got), want)
 
 
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_what_stands_at_padding_never_matters(backend, attn_implementation):
+    model = backend.random_model(config_of(), attn_implementation=attn_implementation)
+    embeds = np.random.default_rng(1).normal(size=(BATCH, LENGTH, 35)).astype(np.float32)
+    for name in ("left", "right", "holes", "an empty row"):
+        mask = mask_named(name)
+        got, want = (
+            backend.numpy(model(inputs_embeds=np.where(mask[..., None], embeds, x), attention_mask=mask).logits)
+            for x in (np.float32(np.nan), np.float32(1))
+        )
+        np.testing.assert_array_equal(got, want, err_msg=name)
+
+
+def test_arrays_of_another_byte_order_or_without_write_access_are_taken(backend, recwarn):
+    model, ids = backend.random_model(config_of()), token_ids(config_of())
+    frozen = ids.copy()
+    frozen.setflags(write=False)
+    for same in (frozen, ids.astype(">i8")):
+        np.testing.assert_array_equal(backend.numpy(model(same).logits), backend.numpy(model(ids).logits))
+    assert [str(w.message) for w in recwarn if "not writable" in str(w.message)] == []
+
+
 def test_a_sequence_of_all_positions_works_and_one_more_is_refused(backend):
     config = config_of()
     model, ids = backend.random_model(config), token_ids(config, 2, config.max_position_embeddings + 1)

@@ -64,6 +64,7 @@ def test_max_length_counts_the_columns_of_the_prompt_and_yields_to_max_new_token
         (dict(eos_token_id="2"), "eos_token_id: expected an id from 0 to 96, got '2'"),
         (dict(eos_token_id=2.5), "eos_token_id: expected an id from 0 to 96, got 2.5"),
         (dict(pad_token_id=97), "pad_token_id: expected an id from 0 to 96, got 97"),
+        (dict(pad_token_id="x"), "pad_token_id: expected an id from 0 to 96, got 'x'"),
         (dict(do_sample=True), "do_sample: only greedy search is supported, expected False, got True"),
         (dict(num_beams=4), "num_beams: only greedy search is supported, expected 1, got 4"),
     ],
