@@ -38,6 +38,15 @@ def read_parameters(
         CheckpointError: finite values that `dtype` cannot hold, with the name of each such weight.
     """
     waiting: dict[str, np.ndarray] = {}
+    names = tuple(names)
+
+    def copies() -> Iterator[tuple[str, np.ndarray]]:
+        copied, overflowed = _copies(list(waiting.values()), DTYPES[dtype])
+        if overflowed:  # rare, so everything is looked at again, for one error with all of it
+            raise_if(CheckpointError, checkpoint.source, _overflows(checkpoint, names, DTYPES[dtype]))
+        yield from zip(waiting, copied, strict=True)
+        waiting.clear()
+
     for name in names:
         array = checkpoint.read(name)
         if array.dtype == DTYPES[dtype] and array.ctypes.data % alignment == 0:
@@ -45,20 +54,17 @@ def read_parameters(
             continue
         waiting[name] = array
         if sum(array.nbytes for array in waiting.values()) >= _BUFFER_BYTES:
-            yield from _copies(waiting, DTYPES[dtype], checkpoint.source)
-            waiting = {}
+            yield from copies()
     if waiting:
-        yield from _copies(waiting, DTYPES[dtype], checkpoint.source)
+        yield from copies()
 
 
-def _copies(arrays: dict[str, np.ndarray], dtype: np.dtype, source: str) -> Iterator[tuple[str, np.ndarray]]:
-    copies = _empty_arrays([array.shape for array in arrays.values()], dtype)
-    chunks = [chunk for pair in zip(copies, arrays.values(), strict=True) for chunk in _chunks(*pair)]
+def _copies(arrays: Sequence[np.ndarray], dtype: np.dtype) -> tuple[list[np.ndarray], bool]:
+    """The arrays in `dtype`, in one buffer; and whether infinities are among them that may come of overflow."""
+    copies = _empty_arrays([array.shape for array in arrays], dtype)
+    chunks = [chunk for pair in zip(copies, arrays, strict=True) for chunk in _chunks(*pair)]
     with ThreadPoolExecutor(min(os.cpu_count() or 1, _MAX_THREADS)) as threads:
-        overflowed = any(list(threads.map(_copy, chunks)))
-    if overflowed:
-        raise_if(CheckpointError, source, _overflows(arrays, dtype))
-    yield from zip(arrays, copies, strict=True)
+        return copies, any(list(threads.map(_copy, chunks)))  # raises what a thread raised
 
 
 def _empty_arrays(shapes: Sequence[tuple[int, ...]], dtype: np.dtype) -> list[np.ndarray]:
@@ -99,8 +105,9 @@ def _copy(chunk: tuple[np.ndarray, np.ndarray]) -> bool:
     return target.dtype == np.float16 != source.dtype and bool(np.isinf(target).any())
 
 
-def _overflows(arrays: dict[str, np.ndarray], dtype: np.dtype) -> Iterator[str]:
-    for name, array in arrays.items():
+def _overflows(checkpoint: Checkpoint, names: Iterable[str], dtype: np.dtype) -> Iterator[str]:
+    for name in names:
+        array = checkpoint.read(name)
         with np.errstate(over="ignore", invalid="ignore"):
             overflowed = np.isinf(array.astype(dtype)) & np.isfinite(array)
         if overflowed.any():
