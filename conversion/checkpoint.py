@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from conversion import msgpack_file, safetensors_file, torch_zip
-from conversion.formats import Format, layout_of, published_of
+from conversion import h5_file, msgpack_file, safetensors_file, torch_zip
+from conversion.formats import Format, layout_of, published_of, without_scope
 from conversion.index import check_against_shards, read_index
 from conversion.layout import Layout, schema_shape, stored_shape, to_schema
 from conversion.names import canonical_names, task_of
@@ -27,6 +27,7 @@ from opt_core.schema import SCHEMA, check_shapes, shapes
 _EMBEDDING = "decoder.embed_tokens.weight"
 _HEAD = next(row.name for row in SCHEMA if row.tied_to == _EMBEDDING)
 _COMPARED_BYTES = 1 << 24
+_BASE_CLASSES = {"OPTModel", "TFOPTModel"}
 
 # Switches that explain missing or unexpected tensors, tried one at a time for a hint.
 _SWITCHES = ("enable_bias", "layer_norm_elementwise_affine", "_remove_final_layer_norm", "tie_word_embeddings")
@@ -64,7 +65,8 @@ class Checkpoint:
         source: the folder or file it was opened from.
         format: a key of `conversion.formats.FORMATS`.
         config: that of config.json, `torch_dtype` taken from the tensors where it has none.
-        task: the class that saved it, by the names present: one of `opt_core.schema.TASKS`.
+        task: the class that saved it, one of `opt_core.schema.TASKS`, by the names present, or by the config's
+            architectures where names do not tell a base model.
         shapes, dtypes: by the schema's names; a tied head is not among them.
     """
 
@@ -72,6 +74,8 @@ class Checkpoint:
         self.source, self.format, self.config = source, format.name, config
         self._stored = _find_weights_in(files, format, config, source)
         self.task = task_of(stored.published for stored in self._stored.values())
+        if not format.names_tell_the_class and _BASE_CLASSES & {*(config.architectures or ())}:
+            self.task = "base"
         self.shapes = {name: stored.shape for name, stored in self._stored.items()}
         self.dtypes = {name: stored.tensor.dtype for name, stored in self._stored.items()}
         if config.torch_dtype is None:
@@ -165,6 +169,8 @@ def _open_file(path: Path, format: Format, verify: bool) -> MappedFile:
         return MappedFile(path, torch_zip.read_tensors(path, verify=verify))
     if format.container == "msgpack":
         return msgpack_file.open_file(path)
+    if format.container == "h5":
+        return h5_file.open_file(path)
     header = safetensors_file.read_header(path)
     framework = header.metadata.get("format", "pt")
     if framework != format.framework:
@@ -176,7 +182,8 @@ def _open_file(path: Path, format: Format, verify: bool) -> MappedFile:
 def _open_shards(index: Path, format: Format, verify: bool) -> list[MappedFile]:
     weight_map = read_index(index, format.suffix, first_may_be_empty=format.framework != "pt")
     files = [_open_file(index.parent / shard, format, verify) for shard in dict.fromkeys(weight_map.values())]
-    check_against_shards(weight_map, {file.path.name: file.tensors for file in files}, str(index))
+    stored = {file.path.name: [without_scope(format, name) for name in file.tensors] for file in files}
+    check_against_shards({without_scope(format, name): shard for name, shard in weight_map.items()}, stored, str(index))
     return files
 
 

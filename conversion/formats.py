@@ -1,8 +1,9 @@
 """The formats, each a declaration: what its files are called, how each weight is named and laid out in them.
 
-Reading and writing derive from the same rows: the published layout in two containers, and what the published Flax
-classes save. Names of the published layout that no program writes today are `conversion.names`' business; which format
-a file is in, `conversion.recognition`'s. Source of the Flax table: what transformers 4.57.6 writes.
+Reading and writing derive from the same rows: the published layout in two containers, and what the published Flax and
+TensorFlow classes save. Names of the published layout that no program writes today are `conversion.names`' business;
+which format a file is in, `conversion.recognition`'s. Source of the tables of Flax and TensorFlow: what transformers
+4.57.6 writes.
 """
 
 import re
@@ -43,12 +44,18 @@ class Format(NamedTuple):
     stem: str  # of a single file; shards are `<stem>-00001-of-00002<suffix>`, their index `<stem><suffix>.index.json`
     suffix: str
     rules: tuple[Rule, ...]
-    container: str = "safetensors"  # or "torch-zip", "msgpack"
+    container: str = "safetensors"  # or "torch-zip", "msgpack", "h5"
     framework: str = "pt"  # the word for it in the metadata of safetensors
-    separator: str = "."  # in stored names, instead of the dots of the rules
+    separator: str = "."  # in stored names, instead of the dots of the rules; "": the rules have the names as stored
     tasks: tuple[str, ...] = TASKS  # those whose published classes exist in this framework
     requires: tuple[tuple[str, bool], ...] = ()  # switches of the config that those classes do not have, as they act
     dtypes: tuple[str, ...] = tuple(DTYPES)
+    scope: str = ""  # of TensorFlow: before the names in single h5 files and in every index; on reading, any
+
+    @property
+    def names_tell_the_class(self) -> bool:
+        """False where the base class stores the same names as the others."""
+        return any("{model}" in rule.stored for rule in self.rules)
 
     @property
     def single_name(self) -> str:
@@ -71,8 +78,28 @@ _FLAX = (
     Rule("*.bias", "{model}{0}.bias"),
     Rule("*.weight", "{model}{0}.kernel", dims="reversed"),
 )
+_TF = (
+    Rule("decoder.embed_tokens.weight", "model/decoder/embed_tokens/weight:0",
+         older="model/decoder/embed_tokens/embeddings:0"),
+    Rule("decoder.embed_positions.weight", "model/decoder/embed_positions/embeddings:0"),
+    Rule("decoder.layers.{layer}.self_attn.*.weight", "model/decoder/layers.{layer}/self_attn/{0}/kernel:0",
+         dims="reversed"),
+    Rule("decoder.layers.{layer}.self_attn.*.bias", "model/decoder/layers.{layer}/self_attn/{0}/bias:0"),
+    Rule("decoder.layers.{layer}.fc*.weight", "model/decoder/layers.{layer}/fc{0}/kernel:0", dims="reversed"),
+    Rule("decoder.layers.{layer}.fc*.bias", "model/decoder/layers.{layer}/fc{0}/bias:0"),
+    Rule("decoder.layers.{layer}.*norm.weight", "model/decoder/layers.{layer}/{0}norm/gamma:0"),
+    Rule("decoder.layers.{layer}.*norm.bias", "model/decoder/layers.{layer}/{0}norm/beta:0"),
+    Rule("decoder.final_layer_norm.weight", "model/decoder/final_layer_norm/gamma:0"),
+    Rule("decoder.final_layer_norm.bias", "model/decoder/final_layer_norm/beta:0"),
+    Rule("decoder.*.weight", "model/decoder/{0}/kernel:0", dims="reversed"),
+    Rule("*.weight", "{0}/kernel:0", dims="reversed"),
+    Rule("*.bias", "{0}/bias:0"),
+)  # fmt: skip
 _TWO_CLASSES = ("base", "causal-lm")  # of which the published Flax and TensorFlow code has the OPT model
 _ALWAYS_ON = (("enable_bias", True), ("layer_norm_elementwise_affine", True))
+_TIED = (*_ALWAYS_ON, ("tie_word_embeddings", True))
+_SCOPE = "tfopt_for_causal_lm"
+_H5_DTYPES = ("float64", "float32", "float16")
 
 # In order of preference where a folder holds several.
 FORMATS = {
@@ -84,6 +111,10 @@ FORMATS = {
             "flax-safetensors", "model", ".safetensors", _FLAX, "safetensors", "flax", ".", _TWO_CLASSES, _ALWAYS_ON
         ),
         Format("flax-msgpack", "flax_model", ".msgpack", _FLAX, "msgpack", "flax", "/", _TWO_CLASSES, _ALWAYS_ON),
+        Format(
+            "tf-safetensors", "model", ".safetensors", _TF, "safetensors", "tf", "", _TWO_CLASSES, _TIED, scope=_SCOPE
+        ),
+        Format("tf-h5", "tf_model", ".h5", _TF, "h5", "tf", "", _TWO_CLASSES, _TIED, _H5_DTYPES, _SCOPE),
     )
 }
 
@@ -124,7 +155,8 @@ def _stored_name(format: Format, pattern: str, match: re.Match, task: str) -> st
     named = match.groupdict()
     starred = [text for group, text in enumerate(match.groups(), 1) if group not in match.re.groupindex.values()]
     prefix = published_name(match.string, task).removesuffix(match.string)
-    return pattern.format(*starred, model=prefix, **named).replace(".", format.separator)
+    stored = pattern.format(*starred, model=prefix, **named)
+    return stored.replace(".", format.separator) if format.separator else stored
 
 
 def _layout(rule: Rule, weight: Weight, config: OPTConfig) -> Layout:
@@ -144,10 +176,19 @@ def _layout(rule: Rule, weight: Weight, config: OPTConfig) -> Layout:
 _LAYER = re.compile(r"(?<=layers[./])(0|[1-9][0-9]{0,5})(?=[./])")
 
 
+def without_scope(format: Format, stored: str) -> str:
+    """A stored name without what precedes a weight in some files; it varies with class and process."""
+    return stored[match.start(1) :] if format.scope and (match := _SCOPED.match(stored)) else stored
+
+
+_SCOPED = re.compile(r"[^/]+/(model/decoder/)")
+
+
 def published_of(format: Format, stored: str) -> str | None:
     """The published name of the weight that the format stores under `stored`; None where it stores none there."""
     if format.rules is _PUBLISHED:
         return stored
+    stored = without_scope(format, stored)
     layer = _LAYER.search(stored)
     published = _published_of_layer_0(format).get(_LAYER.sub("0", stored, count=1))
     return _LAYER.sub(layer[1], published, count=1) if layer and published else published

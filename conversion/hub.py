@@ -29,8 +29,8 @@ def resolve(
 ) -> Path:
     """The local folder or file of a checkpoint: `source` itself if it exists, else a hub repository, fetched or cached.
 
-    Of a repository it fetches config.json and the weights: safetensors if it has them, else `.bin`, else those of Flax.
-    The arguments are those of `huggingface_hub.hf_hub_download`.
+    Of a repository it fetches config.json and the weights: safetensors if it has them, else `.bin`, else Flax, else
+    TensorFlow. The arguments are those of `huggingface_hub.hf_hub_download`.
 
     Raises:
         CheckpointError: `source` is neither; the error says what was tried.

@@ -23,7 +23,6 @@ _CONTAINERS = {
 # File of a checkpoint that is not read (yet) -> what it is.
 _FOREIGN_FILES = {
     "adapter_model.*": "a LoRA adapter: merge it into its base model first",
-    "tf_model*.h5": "TensorFlow weights, which are not read yet",
     "*.pt": "metaseq weights, which are not read yet",
 }
 

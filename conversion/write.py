@@ -15,7 +15,7 @@ from typing import IO, Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from conversion import msgpack_file, safetensors_file, torch_zip
+from conversion import h5_file, msgpack_file, safetensors_file, torch_zip
 from conversion.formats import FORMATS, Format, places, refusals
 from conversion.index import parse_size, plan_shards, shard_name
 from conversion.layout import Layout, stored_shape, to_stored
@@ -36,6 +36,7 @@ _WRITERS = {
     "safetensors": safetensors_file.write_file,
     "torch-zip": torch_zip.write_file,
     "msgpack": msgpack_file.write_file,
+    "h5": h5_file.write_file,
 }
 _CAST_BYTES = 1 << 24
 
@@ -62,7 +63,8 @@ def write_checkpoint(
             a `dtype`, functions are called once more beforehand for their dtypes.
         dtype: "float32", "float16" or "bfloat16"; None keeps that of each tensor.
         format: a key of `conversion.formats.FORMATS`: "safetensors" and "torch-bin" hold the published layout,
-            "flax-msgpack" and "flax-safetensors" that of the published Flax classes.
+            "flax-msgpack" and "flax-safetensors" that of the published Flax classes, "tf-h5" and "tf-safetensors" that
+            of the published TensorFlow classes.
         overwrite: replaces an older checkpoint, whose shards and index do not stay behind.
         progress: called with (bytes written, bytes in all) after each tensor.
 
@@ -224,14 +226,22 @@ def _sync(path: Path) -> None:
 
 def _write_shards(staged: _Staged, format: Format, shards: list[list[PlannedTensor]], stream: "_Stream") -> None:
     weight_map: dict[str, str] = {}
-    options = {"framework": format.framework} if format.container == "safetensors" else {}
+    options = _container_options(format, is_single=len(shards) == 1)
     for number, shard in enumerate(shards, start=1):
         file_name = shard_name(format.stem, format.suffix, number, len(shards))
         weight_map.update(dict.fromkeys((tensor.name for tensor in shard), file_name))
         with open(staged.path(file_name), "wb") as file:
             _WRITERS[format.container](file, shard, stream.write, **options)
     if len(shards) > 1:
+        prefix = f"{format.scope}/" if format.scope else ""
+        weight_map = {f"{prefix}{name}": file_name for name, file_name in weight_map.items()}
         _write_index(staged.path(format.index_name), shards, weight_map)
+
+
+def _container_options(format: Format, *, is_single: bool) -> dict[str, str]:
+    if format.container == "safetensors":
+        return {"framework": format.framework}
+    return {"scope": format.scope} if format.container == "h5" and is_single else {}
 
 
 def _write_index(path: Path, shards: list[list[PlannedTensor]], weight_map: dict[str, str]) -> None:

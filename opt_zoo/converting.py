@@ -21,6 +21,8 @@ FORMAT_NAMES = {  # on the command line -> in `conversion`
     "bin": "torch-bin",
     "flax-msgpack": "flax-msgpack",
     "flax-safetensors": "flax-safetensors",
+    "tf-h5": "tf-h5",
+    "tf-safetensors": "tf-safetensors",
 }
 SIDE_FILES = ("generation_config.json",)  # beside the tokenizer's, copied as they are
 

@@ -30,6 +30,22 @@ def test_to_sharded_bin_and_back_is_the_identity(opt_zoo, checkpoint, tmp_path):
     assert_same(tensors_of(back), tensors_of(checkpoint))
 
 
+@pytest.mark.parametrize("to", ["flax-msgpack", "flax-safetensors", "tf-h5", "tf-safetensors"])
+def test_to_the_formats_of_flax_and_tensorflow_and_back_is_the_identity(opt_zoo, checkpoint, tmp_path, to):
+    there, back = tmp_path / "there", tmp_path / "back"
+    assert opt_zoo("convert", checkpoint, there, "--to", to, "--max-shard-size", "31KB")[0] == 0
+    assert opt_zoo("convert", there, back, "--to", "safetensors")[0] == 0
+    assert_same(tensors_of(back), tensors_of(checkpoint))
+
+
+def test_a_model_that_a_format_cannot_hold_is_refused_with_the_reason(opt_zoo, tmp_path):
+    source = save_random(tmp_path / "source", config_of("untied head"))
+    code, _, err = opt_zoo("convert", source, tmp_path / "target", "--to", "tf-h5")
+    assert code == 2
+    assert "the format has no place for a head" in " ".join(err.split())
+    assert not (tmp_path / "target").exists()
+
+
 def test_a_dtype_rounds_every_weight_and_is_written_into_the_config(opt_zoo, checkpoint, tmp_path):
     target = tmp_path / "target"
     assert opt_zoo("convert", checkpoint, target, "--dtype", "bfloat16")[0] == 0
