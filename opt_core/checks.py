@@ -6,7 +6,7 @@ Backends pass shapes always, and values (NumPy arrays) where they are known: eag
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -248,6 +248,7 @@ def array_of(x) -> np.ndarray:
     if array.dtype.kind in "OSU":
         got = " ".join(repr(x).split())
         problem = f"expected numbers, in an array or in nested lists of equal length, got {got[:60]}"
+        problem += "; pass what a tokenizer returned as **inputs" if isinstance(x, Mapping) else ""
         raise InputError("invalid arguments", [problem])
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 

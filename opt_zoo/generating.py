@@ -10,7 +10,7 @@ from opt_core.config import DTYPES
 from opt_core.errors import InputError
 from opt_zoo.backends import BACKENDS, installed_backends, load_backend
 from opt_zoo.console import counted_progress, print_json, stdout_console
-from opt_zoo.parity_cases import find_tokenizer
+from opt_zoo.parity_cases import load_tokenizer
 from opt_zoo.sources import add_source, display_name, find_source
 
 SUMMARY = "continue a text"
@@ -33,9 +33,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints the text of each backend; returns 0."""
     source = find_source(args.source, args.model)
     backends = [load_backend(name) for name in _backend_names(args.backend)]
-    tokenizer = find_tokenizer(source)
-    if tokenizer is None:
-        raise InputError("opt-zoo generate", [f"{source}: expected a tokenizer beside the weights, found none"])
+    tokenizer = load_tokenizer(source)
     ids_BT = np.array([tokenizer.encode(args.prompt)], np.int64).reshape(1, -1)
     if ids_BT.shape[1] == 0:
         raise InputError("opt-zoo generate", ["PROMPT: expected at least one token, got none"])

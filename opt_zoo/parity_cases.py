@@ -63,13 +63,18 @@ def token_rows(source: str, config: OPTConfig, tokens: int = TOKENS) -> tuple[np
     return np.array(rows, np.int64) % config.vocab_size, "text"
 
 
-def find_tokenizer(source: str):
-    """The tokenizer in the folder of `source` or in its hub repository; None where there is none."""
+def load_tokenizer(source: str):
+    """The tokenizer in the folder of `source` or in its hub repository; an error that names what was looked for."""
     from opt_core import OPTTokenizer
 
     path = Path(source)
+    return OPTTokenizer.from_pretrained(path.parent if path.is_file() else source)
+
+
+def find_tokenizer(source: str):
+    """What `load_tokenizer` gives, or None where there is no tokenizer."""
     try:
-        return OPTTokenizer.from_pretrained(path.parent if path.is_file() else source)
+        return load_tokenizer(source)
     except (ProblemsError, OSError) as error:
         logger.info("no tokenizer in %s: %s", source, error)
         return None

@@ -94,13 +94,14 @@ def test_generation_starts_from_bos_without_a_prompt(backend):
         (dict(max_new_token=3), "max_new_token: unknown keyword; did you mean max_new_tokens?"),
         (dict(eos_token_id=97), "eos_token_id: expected an id from 0 to 96, got 97"),
         (dict(max_new_tokens=0, num_beams=3), "2 problems"),
+        (dict(input_ids={"input_ids": [[5]]}), "got {'input_ids': [[5]]}; pass what a tokenizer returned as **inputs"),
     ],
 )
 def test_an_impossible_request_is_refused_before_it_starts(backend, arguments, message):
     config = config_of()
     model = backend.random_model(config)
     with pytest.raises(ValueError) as caught:  # noqa: PT011  the message is compared below
-        model.generate(token_ids(config, 1, 7), **arguments)
+        model.generate(**{"input_ids": token_ids(config, 1, 7), **arguments})
     assert message in str(caught.value)
 
 

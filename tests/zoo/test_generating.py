@@ -36,7 +36,13 @@ def test_text_is_printed_without_json(opt_zoo, checkpoint_with_tokenizer):
 def test_a_source_without_tokenizer_is_refused(opt_zoo, checkpoint):
     code, out, err = opt_zoo("generate", checkpoint, "to be", "--backend", "torch")
     assert (code, out) == (2, "")
-    assert "expected a tokenizer beside the weights, found none" in err
+    assert "expected tokenizer.json, or vocab.json and merges.txt" in err
+
+
+def test_a_source_that_does_not_exist_is_not_taken_for_one_without_tokenizer(opt_zoo):
+    code, out, err = opt_zoo("generate", "./no-such-folder", "to be", "--backend", "torch")
+    assert (code, out) == (2, "")
+    assert "expected a folder or a hub id" in err
 
 
 def test_more_tokens_than_positions_are_refused(opt_zoo, checkpoint_with_tokenizer):
