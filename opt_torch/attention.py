@@ -42,7 +42,8 @@ class Attention(nn.Module):
         if past is not None:
             k_BNSH = cache.write(past[0], k_BNSH, lengths_B)
             v_BNSH = cache.write(past[1], v_BNSH, lengths_B)
-        heads_BNTH, weights_BNTS = self.attend(q_BNTH, k_BNSH, v_BNSH, lengths_B, output_attentions)
+        same = q_BNTH.dtype  # a cache may have another dtype; `to` copies nothing where it has not
+        heads_BNTH, weights_BNTS = self.attend(q_BNTH, k_BNSH.to(same), v_BNSH.to(same), lengths_B, output_attentions)
         return self.out_proj(self.merge_heads(heads_BNTH)), (k_BNSH, v_BNSH), weights_BNTS
 
     def attend(self, q_BNTH, k_BNSH, v_BNSH, lengths_B, output_attentions) -> tuple[Tensor, Tensor | None]:

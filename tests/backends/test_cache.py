@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from harness import BATCH, LENGTH, MASKS, VARIANTS, config_of, mask_named, token_ids
+from harness import BATCH, LENGTH, MASKS, ROUNDOFF, VARIANTS, config_of, mask_named, token_ids, worst_row
 
 CHUNKS = {"one by one": [1] * LENGTH, "prefill and steps": [7] + [1] * 6, "chunks": [4, 4, 5], "at once": [LENGTH]}
 
@@ -109,6 +109,17 @@ def test_a_cache_of_another_model_is_refused_before_anything_is_written(backend)
         with pytest.raises(ValueError, match=problem):
             model(ids, past_key_values=cache)
         assert all((backend.numpy(buffer) == 0).all() for buffer in cache.keys)
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_a_cache_may_be_wider_than_the_model(backend, attn_implementation):
+    config = config_of()
+    model = backend.random_model(config, dtype="bfloat16", attn_implementation=attn_implementation)
+    ids = token_ids(config)
+    wide = backend.random_model(config).init_cache(BATCH, LENGTH)
+    got, cache = run_in_chunks(backend, model, ids, None, [7, 6], wide, False)
+    assert backend.dtype_of(cache.keys[0]) == "float32"
+    assert worst_row(got, backend.numpy(model(ids).logits)) < 16 * ROUNDOFF["bfloat16"]
 
 
 @pytest.mark.parametrize("cache", [((1, 2),), {}, "cache"])
