@@ -35,8 +35,10 @@ def resolve(
     Raises:
         CheckpointError: `source` is neither; the error says what was tried.
     """
+    if not isinstance(source, (str, os.PathLike)) or not str(source):
+        raise CheckpointError("source", [f"expected a folder, a weight file or a hub id, got {source!r}"])
     local = Path(source).expanduser()
-    if source != "" and local.exists():
+    if local.exists():
         return local / subfolder if subfolder else local
     if isinstance(source, os.PathLike) or not _HUB_ID.fullmatch(str(source)):
         raise CheckpointError(str(source), ["no such file or folder, and not a hub id (organisation/name)"])

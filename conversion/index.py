@@ -128,6 +128,8 @@ def _numbering_problems(shards: set[str], first_may_be_empty: bool) -> Iterator[
 def parse_size(size: int | str) -> int:
     """Bytes of "5GB" (decimal), "200MiB" (binary) or a number."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Z]*)", str(size).upper().strip())
+    if isinstance(size, float) or (match and "." in match[1] and not match[2]):
+        match = None  # no part of a byte
     bytes_ = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
     if bytes_ <= 0:
         raise InputError("max_shard_size", [f"expected a size such as '5GB' or a number of bytes, got {size!r}"])

@@ -1,7 +1,6 @@
 """`from_pretrained` and `save_pretrained`, Flax NNX."""
 
 import tempfile
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -93,8 +92,6 @@ class LoadingMixin:
 
     def save_pretrained(self, folder, *, max_shard_size: int | str = "5GB", overwrite: bool = True) -> None:
         """Writes config.json and safetensors in the published layout, which any backend loads."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: lambda name=name: to_numpy(self.weight(name)) for name in shapes(self.config, self.task)}
         write_checkpoint(
             folder,

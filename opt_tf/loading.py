@@ -1,7 +1,6 @@
 """`from_pretrained` and `save_pretrained`, TensorFlow."""
 
 import tempfile
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -86,8 +85,6 @@ class LoadingMixin:
 
     def save_pretrained(self, folder, *, max_shard_size: int | str = "5GB", overwrite: bool = True) -> None:
         """Writes config.json and safetensors in the published layout, which any backend loads."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: lambda name=name: to_numpy(self.weight(name)) for name in shapes(self.config, self.task)}
         write_checkpoint(
             folder,
@@ -137,4 +134,9 @@ def _owner(model: keras.Model, name: str) -> tuple[Module, str]:
 
 
 def name_of(dtype) -> str | None:
-    return tf.as_dtype(dtype).name if isinstance(dtype, tf.DType | np.dtype | type) else dtype
+    """The name of a dtype of TensorFlow or NumPy; a name, a Keras policy or None stays, for others to judge."""
+    return (
+        np.dtype(getattr(dtype, "as_numpy_dtype", dtype)).name
+        if isinstance(dtype, tf.DType | np.dtype | type)
+        else dtype
+    )

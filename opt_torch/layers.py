@@ -1,5 +1,7 @@
 """The layers with weights, PyTorch: published names, published (out, in) layout, published initialisation."""
 
+import functools
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -9,7 +11,7 @@ from opt_core.config import LAYER_NORM_EPS
 ACTIVATION_FUNCTIONS = {
     "relu": F.relu,
     "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_new": functools.partial(F.gelu, approximate="tanh"),  # unlike a lambda, it can be pickled
     "silu": F.silu,
 }
 

@@ -1,7 +1,6 @@
 """`from_pretrained` and `save_pretrained`, PyTorch."""
 
 import tempfile
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -83,8 +82,6 @@ class LoadingMixin:
 
     def save_pretrained(self, folder, *, max_shard_size: int | str = "5GB", overwrite: bool = True) -> None:
         """Writes config.json and safetensors in the published layout, which any backend loads."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: lambda name=name: to_numpy(self.weight(name)) for name in shapes(self.config, self.task)}
         dtype = str(self.dtype).removeprefix("torch.")
         write_checkpoint(

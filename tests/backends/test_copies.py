@@ -11,7 +11,7 @@ WAYS = {"deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle.d
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("variant", ["untied head", "gelu", "silu"])
+@pytest.mark.parametrize("variant", ["untied head", "gelu", "gelu_new", "silu"])
 def test_a_copy_computes_the_same(backend, way, variant):
     model = backend.random_model(config_of(variant))
     ids = token_ids(model.config)

@@ -93,6 +93,9 @@ def test_float32_is_the_default_and_names_and_dtypes_of_the_framework_are_taken(
         assert of(from_pretrained(tmp_path, dtype=dtype)) == np.dtype(dtype).name
     with pytest.raises(ValueError, match="dtype: expected one of auto, float32, float16, bfloat16, got 'int8'"):
         from_pretrained(tmp_path, dtype="int8")
+    for wrong in (int, np.dtype("int64")):
+        with pytest.raises(ValueError, match=r"dtype: expected one of auto, float32, float16, bfloat16, got .*int"):
+            from_pretrained(tmp_path, dtype=wrong)
 
 
 def test_values_that_the_dtype_cannot_hold_are_refused_and_named(backend, tmp_path):
@@ -181,6 +184,20 @@ def test_everything_wrong_with_a_checkpoint_is_said_at_once(backend, tmp_path):
 def test_a_source_that_does_not_exist_is_refused(backend, tmp_path):
     with pytest.raises((ValueError, OSError), match="nowhere"):
         backend.model_class().from_pretrained(tmp_path / "nowhere", local_files_only=True)
+
+
+@pytest.mark.parametrize("source", [None, "", 3])
+def test_a_source_that_is_none_is_refused(backend, source):
+    with pytest.raises(ValueError, match=f"source: expected a folder, a weight file or a hub id, got {source!r}"):
+        backend.model_class().from_pretrained(source)
+
+
+def test_a_refused_save_leaves_no_folder(backend, tmp_path):
+    model = backend.random_model(config_of())
+    for size in ("5 parsecs", 1.5, "1.5"):
+        with pytest.raises(ValueError, match="max_shard_size: expected a size such as '5GB' or a number of bytes"):
+            model.save_pretrained(tmp_path / "new", max_shard_size=size)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_truncated_file_is_refused(backend, tmp_path):
