@@ -15,6 +15,7 @@ from jax import Array, lax
 from opt_core.generation import GenerationPlan, bucketed, plan_generation
 from opt_flax.cache import Cache, with_capacity
 from opt_flax.inputs import known
+from opt_flax.packing import pool_last_token
 
 
 class GenerationMixin:
@@ -61,8 +62,7 @@ class GenerationMixin:
     def prefill(self, input_ids_BT: Array, real_BT: Array, capacity: int) -> tuple[Array, Cache]:
         """Runs the prompt; returns the logits [B, V] after the last real token of each row, and its cache."""
         out = self.base_model.decoder(input_ids_BT, real_BT, use_cache=True)
-        columns_BT = jnp.arange(input_ids_BT.shape[1]) * real_BT
-        last_BE = jnp.take_along_axis(out.last_hidden_state, columns_BT.argmax(1)[:, None, None], 1)[:, 0]
+        last_BE = pool_last_token(out.last_hidden_state, real_BT)
         return self.logits(last_BE), with_capacity(out.past_key_values, capacity)
 
     def decode_step(self, token_B: Array, cache: Cache) -> tuple[Array, Cache]:

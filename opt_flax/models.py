@@ -15,6 +15,7 @@ from opt_flax.decoder import Decoder
 from opt_flax.generation import GenerationMixin
 from opt_flax.inputs import as_index, as_tensor, known
 from opt_flax.layers import Embedding, Linear, linear
+from opt_flax.packing import pool_last_token
 from opt_flax.pretrained import FlaxOPTPreTrainedModel
 
 
@@ -283,12 +284,3 @@ class FlaxOPTForQuestionAnswering(FlaxOPTPreTrainedModel):
         for name, positions_B in (("start_positions", starts_B), ("end_positions", ends_B)):
             check_labels(name, known(positions_B), start_BT.shape[:1], np.iinfo(np.int64).max)
         return losses.question_answering_loss(start_BT, end_BT, starts_B, ends_B, mask_BT)
-
-
-def pool_last_token(hidden_BTE: Array, mask_BT: Array | None) -> Array:
-    """The hidden state [B, E] of the last real token of each row; zero for a row without one."""
-    if mask_BT is None:
-        return hidden_BTE[:, -1]
-    columns_BT = jnp.arange(hidden_BTE.shape[1]) * (mask_BT != 0)
-    pooled_BE = jnp.take_along_axis(hidden_BTE, columns_BT.argmax(1)[:, None, None], 1)[:, 0]
-    return jnp.where((mask_BT != 0).any(1, keepdims=True), pooled_BE, 0)

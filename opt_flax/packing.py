@@ -57,5 +57,14 @@ def unpack_attentions(weights_BNTS: Array, packing: Packing | None, *, keys_too:
     return jnp.where(packing.real_BT[:, None, :, None], weights_BNTS, 0)
 
 
+def pool_last_token(hidden_BTE: Array, mask_BT: Array | None) -> Array:
+    """The hidden state [B, E] of the last real token of each row; zero for a row without one."""
+    if mask_BT is None:
+        return hidden_BTE[:, -1]
+    columns_BT = jnp.arange(hidden_BTE.shape[1]) * (mask_BT != 0)
+    pooled_BE = jnp.take_along_axis(hidden_BTE, columns_BT.argmax(1)[:, None, None], 1)[:, 0]
+    return jnp.where((mask_BT != 0).any(1, keepdims=True), pooled_BE, 0)
+
+
 def _take_columns(x_BTD: Array, columns_BT: Array) -> Array:
     return jnp.take_along_axis(x_BTD, columns_BT[..., None], 1)

@@ -11,6 +11,7 @@ from tensorflow import Tensor
 from opt_core.generation import GenerationPlan, bucketed, plan_generation
 from opt_tf.cache import Cache, with_capacity
 from opt_tf.inputs import as_index, as_tensor, known
+from opt_tf.packing import pool_last_token
 
 
 class GenerationMixin:
@@ -83,8 +84,7 @@ class GenerationMixin:
     def prefill(self, input_ids_BT: Tensor, real_BT: Tensor, capacity: int) -> tuple[Tensor, Cache]:
         """Runs the prompt; returns the logits [B, V] after the last real token of each row, and its cache."""
         out = self.base_model.decoder(input_ids_BT, real_BT, use_cache=True)
-        columns_BT = tf.range(input_ids_BT.shape[1]) * tf.cast(real_BT, tf.int32)
-        last_BE = tf.gather(out.last_hidden_state, tf.argmax(columns_BT, axis=1), axis=1, batch_dims=1)
+        last_BE = pool_last_token(out.last_hidden_state, real_BT)
         return self.logits(last_BE), with_capacity(out.past_key_values, capacity)
 
     def decode_step(self, token_B: Tensor, cache: Cache) -> tuple[Tensor, Cache]:

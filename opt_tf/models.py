@@ -14,6 +14,7 @@ from opt_tf.decoder import Decoder
 from opt_tf.generation import GenerationMixin
 from opt_tf.inputs import as_index, as_tensor, known
 from opt_tf.layers import Embedding, Linear, dims, linear
+from opt_tf.packing import pool_last_token
 from opt_tf.pretrained import TFOPTPreTrainedModel
 
 
@@ -268,13 +269,3 @@ class TFOPTForQuestionAnswering(TFOPTPreTrainedModel):
         for name, positions_B in (("start_positions", starts_B), ("end_positions", ends_B)):
             check_labels(name, known(positions_B), start_BT.shape[:1], tf.int64.max)
         return losses.question_answering_loss(start_BT, end_BT, starts_B, ends_B, mask_BT)
-
-
-def pool_last_token(hidden_BTE: Tensor, mask_BT: Tensor | None) -> Tensor:
-    """The hidden state [B, E] of the last real token of each row; zero for a row without one."""
-    if mask_BT is None:
-        return hidden_BTE[:, -1]
-    real_BT = tf.cast(mask_BT, tf.bool)
-    columns_BT = tf.range(dims(hidden_BTE)[1]) * tf.cast(real_BT, tf.int32)
-    pooled_BE = tf.gather(hidden_BTE, tf.argmax(columns_BT, axis=1), axis=1, batch_dims=1)
-    return tf.where(tf.reduce_any(real_BT, axis=1, keepdims=True), pooled_BE, tf.zeros([], pooled_BE.dtype))

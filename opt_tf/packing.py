@@ -9,6 +9,8 @@ from typing import NamedTuple
 import tensorflow as tf
 from tensorflow import Tensor
 
+from opt_tf.layers import dims
+
 
 class Packing(NamedTuple):
     order_BT: Tensor  # packed column -> column
@@ -52,6 +54,16 @@ def unpack_attentions(weights_BNTS: Tensor, packing: Packing | None, *, keys_too
     if keys_too:
         weights_BNTS = tf.gather(weights_BNTS, packing.inverse_BT, axis=3, batch_dims=1)
     return tf.where(packing.real_BT[:, None, :, None], weights_BNTS, tf.zeros([], weights_BNTS.dtype))
+
+
+def pool_last_token(hidden_BTE: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """The hidden state [B, E] of the last real token of each row; zero for a row without one."""
+    if mask_BT is None:
+        return hidden_BTE[:, -1]
+    real_BT = tf.cast(mask_BT, tf.bool)
+    columns_BT = tf.range(dims(hidden_BTE)[1]) * tf.cast(real_BT, tf.int32)
+    pooled_BE = tf.gather(hidden_BTE, tf.argmax(columns_BT, axis=1), axis=1, batch_dims=1)
+    return tf.where(tf.reduce_any(real_BT, axis=1, keepdims=True), pooled_BE, tf.zeros([], pooled_BE.dtype))
 
 
 def _take_columns(x_BTD: Tensor, columns_BT: Tensor) -> Tensor:

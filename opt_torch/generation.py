@@ -7,6 +7,7 @@ from torch import Tensor
 from opt_core.generation import GenerationPlan, plan_generation
 from opt_torch.cache import Cache, with_capacity
 from opt_torch.inputs import as_index, as_tensor, known
+from opt_torch.packing import pool_last_token
 
 
 class GenerationMixin:
@@ -59,8 +60,7 @@ class GenerationMixin:
         ids_BT, real_BT = (torch.as_tensor(x, device=self.device) for x in (input_ids_BT, real_BT))
         mask_BT = None if real_BT.all() else real_BT
         out = self.base_model.decoder(ids_BT, mask_BT, use_cache=True)
-        columns_BT = torch.arange(ids_BT.shape[1], device=self.device) * real_BT
-        last_BE = torch.take_along_dim(out.last_hidden_state, columns_BT.argmax(1)[:, None, None], 1)[:, 0]
+        last_BE = pool_last_token(out.last_hidden_state, real_BT)
         return self.logits(last_BE), with_capacity(out.past_key_values, capacity)
 
     def decode_step(self, token_B: Tensor, cache: Cache) -> tuple[Tensor, Cache]:

@@ -13,6 +13,7 @@ from opt_torch.decoder import Decoder
 from opt_torch.generation import GenerationMixin
 from opt_torch.inputs import as_index, as_tensor, known
 from opt_torch.layers import Linear
+from opt_torch.packing import pool_last_token
 from opt_torch.pretrained import OPTPreTrainedModel
 
 
@@ -247,12 +248,3 @@ class OPTForQuestionAnswering(OPTPreTrainedModel):
         for name, positions_B in (("start_positions", starts_B), ("end_positions", ends_B)):
             check_labels(name, known(positions_B), start_BT.shape[:1], torch.iinfo(torch.int64).max)
         return losses.question_answering_loss(start_BT, end_BT, starts_B, ends_B, mask_BT)
-
-
-def pool_last_token(hidden_BTE: Tensor, mask_BT: Tensor | None) -> Tensor:
-    """The hidden state [B, E] of the last real token of each row; zero for a row without one."""
-    if mask_BT is None:
-        return hidden_BTE[:, -1]
-    columns_BT = torch.arange(hidden_BTE.shape[1], device=hidden_BTE.device) * (mask_BT != 0)
-    pooled_BE = torch.take_along_dim(hidden_BTE, columns_BT.argmax(1)[:, None, None], 1)[:, 0]
-    return torch.where((mask_BT != 0).any(1, keepdim=True), pooled_BE, 0)

@@ -51,5 +51,14 @@ def unpack_attentions(weights_BNTS: Tensor, packing: Packing | None, *, keys_too
     return torch.where(packing.real_BT[:, None, :, None], weights_BNTS, 0)
 
 
+def pool_last_token(hidden_BTE: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """The hidden state [B, E] of the last real token of each row; zero for a row without one."""
+    if mask_BT is None:
+        return hidden_BTE[:, -1]
+    columns_BT = torch.arange(hidden_BTE.shape[1], device=hidden_BTE.device) * (mask_BT != 0)
+    pooled_BE = torch.take_along_dim(hidden_BTE, columns_BT.argmax(1)[:, None, None], 1)[:, 0]
+    return torch.where((mask_BT != 0).any(1, keepdim=True), pooled_BE, 0)
+
+
 def _take_columns(x_BTD: Tensor, columns_BT: Tensor) -> Tensor:
     return torch.take_along_dim(x_BTD, columns_BT[..., None], 1)
