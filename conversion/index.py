@@ -12,6 +12,7 @@ from opt_core.errors import CheckpointError, ConfigError, InputError, raise_if
 from opt_core.json_file import read_json_object
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_LONGEST_NAME = 255  # of file systems; the shards of OPT have at most 40 letters
 _NUMBERED = re.compile(r"-(\d{5,})-of-(\d{5,})\.")
 
 
@@ -93,7 +94,8 @@ def _file_problems(index: Path, shard: str) -> list[str]:
 
 
 def _is_plain(name: str) -> bool:
-    return name not in ("", ".", "..") and not re.search(r"[/\\:\x00-\x1f]", name)
+    is_short = len(name) <= _LONGEST_NAME and name.isprintable()  # half a surrogate pair is not printable
+    return is_short and name not in ("", ".", "..") and not re.search(r"[/\\:]", name)
 
 
 def _boundary(folder: Path) -> Path:

@@ -1,0 +1,71 @@
+"""Whatever happens to the bytes of a valid file, it is read as declared or refused in our words: no crash, no hang."""
+
+import contextlib
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints import config_of, tensors_of
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from hostile.bases import BASES
+from hostile.mutation import edits, mutated
+from hostile.worker import MEGABYTES, SECONDS, Worker
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+
+SMALL = config_of(
+    vocab_size=7, hidden_size=4, num_hidden_layers=1, ffn_dim=3, max_position_embeddings=5, num_attention_heads=2
+)
+TENSORS = tensors_of(SMALL)
+QUIET = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
+
+
+def small_checkpoint(base: str, folder: Path) -> dict[Path, bytes]:
+    """The bytes of every file of a checkpoint."""
+    shards = dict(max_shard_size=256) if base.endswith("in shards") else {}
+    BASES[base](folder, config=SMALL, tensors=TENSORS, **shards)
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@contextlib.contextmanager
+def put_back(path: Path, data: bytes):
+    try:
+        yield
+    finally:
+        path.write_bytes(data)
+
+
+def fuzz(base: str, folder: Path, examples: int, **options) -> None:
+    """Damages one file of a checkpoint at a time, and examines the folder in another process."""
+    files = small_checkpoint(base, folder)
+    worker = Worker(warm_up=folder)
+    weights = [path for path in files if path.suffix != ".json"]
+    assert worker.run(folder).kind == "read"
+
+    @settings(max_examples=examples, **QUIET, **options)
+    @given(path=st.sampled_from([*weights, *weights, *files]), changes=edits, verify=st.booleans())
+    def survives(path, changes, verify):
+        with put_back(path, files[path]):
+            path.write_bytes(mutated(files[path], changes))
+            outcome = worker.run(folder, opening=dict(verify=verify))
+        assert outcome.is_allowed, f"{path.name}: {outcome.kind}: {outcome.text}"
+        assert outcome.seconds < SECONDS
+        assert outcome.megabytes < MEGABYTES
+
+    try:
+        survives()
+    finally:
+        worker.stop()
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_damaged_bytes_are_read_as_declared_or_refused(base, tmp_path):
+    fuzz(base, tmp_path / "source", 150, derandomize=True, phases=[Phase.generate])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", BASES)
+def test_damaged_bytes_are_read_as_declared_or_refused_in_many_more_examples(base, tmp_path):
+    fuzz(base, tmp_path / "source", 20_000)
