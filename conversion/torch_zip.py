@@ -1,8 +1,8 @@
 """The zip container that `torch.save` writes since torch 1.6, read and written without torch.
 
-A `.bin` is a zip of uncompressed members: `<stem>/data.pkl` (see `torch_pickle`) and one `<stem>/data/<key>` per
-storage, so that a tensor's bytes lie in one run of the file and can be mapped. Compressed members, and files from
-before 1.6, are refused.
+A `.bin` is a zip of uncompressed members: `<stem>/data.pkl` (see `torch_pickle`, and `torch_records` for files that
+hold more than a state dict) and one `<stem>/data/<key>` per storage, so that a tensor's bytes lie in one run of the
+file and can be mapped. Compressed members, and files from before 1.6, are refused.
 Sources: `caffe2/serialize/inline_container.cc` of torch 2.13; APPNOTE.TXT 6.3.10 (local headers).
 """
 
@@ -11,17 +11,18 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO, NamedTuple
 
-from conversion import torch_pickle
+from conversion import torch_pickle, torch_records
 from conversion.safetensors_file import ALIGNMENT, PlannedTensor
 from conversion.stored import DTYPES, StoredTensor, row_major_strides
 from opt_core.errors import CheckpointError, raise_if
 from opt_core.json_file import MAX_JSON_BYTES
 
 MAX_PICKLE_BYTES = MAX_JSON_BYTES  # OPT's largest, 1540 tensors, takes 0.3 MB
+MAX_RECORDS_BYTES = 1 << 25  # the state of an optimizer and of the data beside them
 _LEGACY_MAGIC = (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", b"\x80\x02}", b"\x80\x02c")
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _CHUNK_BYTES = 1 << 22
@@ -33,11 +34,54 @@ def read_tensors(path: Path, *, verify: bool = False) -> dict[str, StoredTensor]
     Raises:
         CheckpointError: names the member or the tensor and what is wrong with it.
     """
+    state, place = _read_archive(path, torch_pickle.loads, MAX_PICKLE_BYTES, verify)
+    if not isinstance(state, dict):
+        raise CheckpointError(str(path), [f"expected a state dict, got {type(state).__name__}"])
+    return place.locate(state)
+
+
+class Records(NamedTuple):
+    """What a file holds beside tensors, and where its tensors are."""
+
+    content: dict[Any, Any]  # for `torch_records.plain`
+    unknown: tuple[str, ...]  # names that the pickle asks for and that were not obeyed
+    place: "_Place"
+
+    def locate(self, state: dict) -> dict[str, StoredTensor]:
+        """The tensors of a plain dict of views.
+
+        Raises:
+            CheckpointError: names each that is not in the file, or no tensor.
+        """
+        return self.place.locate(state)
+
+
+def read_records(path: Path, *, verify: bool = False) -> Records:
+    """A dict of anything, as training programs save it; reads no weights unless `verify`, as in `read_tensors`.
+
+    Raises:
+        CheckpointError: the file is damaged, or holds no dict.
+    """
+    pickled, place = _read_archive(path, torch_records.loads, MAX_RECORDS_BYTES, verify)
+    if not isinstance(pickled.content, dict):
+        raise CheckpointError(str(path), [f"expected a dict, got {type(pickled.content).__name__.lstrip('_')}"])
+    return Records(pickled.content, pickled.unknown, place)
+
+
+def _read_archive(path: Path, loads: Callable[[bytes], Any], max_bytes: int, verify: bool) -> tuple[Any, "_Place"]:
     with open(path, "rb") as file:
         _check_magic(file, path)
         try:
             with zipfile.ZipFile(file) as archive:
-                return _read_archive(archive, file, path, verify)
+                members = _checked_members(archive, path)
+                stem = _stem(members, path)
+                _check_byteorder(archive, members.get(f"{stem}/byteorder"), path)
+                content = _unpickle(archive, members[f"{stem}/data.pkl"], path, loads, max_bytes)
+                stored = {name: info for name, info in members.items() if name.startswith(f"{stem}/data/")}
+                spans = _spans(file, stored, path)
+                if verify:
+                    _check_crc(file, spans, members, path)
+                return content, _Place(path, stem, spans)
         except CheckpointError:
             raise
         except (
@@ -60,17 +104,9 @@ def _check_magic(file: BinaryIO, path: Path) -> None:
     file.seek(0)
 
 
-def _read_archive(archive: zipfile.ZipFile, file: BinaryIO, path: Path, verify: bool) -> dict[str, StoredTensor]:
-    members = _checked_members(archive, path)
-    stem = _stem(members, path)
-    byteorder = members.get(f"{stem}/byteorder")
-    if byteorder and archive.open(byteorder).read(10).strip() != b"little":
+def _check_byteorder(archive: zipfile.ZipFile, member: zipfile.ZipInfo | None, path: Path) -> None:
+    if member and archive.open(member).read(10).strip() != b"little":
         raise CheckpointError(str(path), ["byteorder: expected little, got another"])
-    state = _unpickle(archive, members[f"{stem}/data.pkl"], path)
-    spans = _spans(file, {name: info for name, info in members.items() if name.startswith(f"{stem}/data/")}, path)
-    if verify:
-        _check_crc(file, spans, members, path)
-    return _locate(state, stem, spans, path)
 
 
 def _checked_members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
@@ -94,17 +130,16 @@ def _stem(members: dict[str, zipfile.ZipInfo], path: Path) -> str:
     return stems[0]
 
 
-def _unpickle(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> dict:
-    if member.file_size > MAX_PICKLE_BYTES:
-        text = f"{member.filename}: expected at most {MAX_PICKLE_BYTES} bytes, got {member.file_size}"
+def _unpickle(
+    archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path, loads: Callable[[bytes], Any], max_bytes: int
+) -> Any:
+    if member.file_size > max_bytes:
+        text = f"{member.filename}: expected at most {max_bytes} bytes, got {member.file_size}"
         raise CheckpointError(str(path), [text])
     try:
-        state = torch_pickle.loads(archive.read(member))
+        return loads(archive.read(member))
     except torch_pickle.Refused as error:
         raise CheckpointError(str(path), [f"{member.filename}: {error}"]) from None
-    if not isinstance(state, dict):
-        raise CheckpointError(str(path), [f"expected a state dict, got {type(state).__name__}"])
-    return state
 
 
 def _spans(file: BinaryIO, members: dict[str, zipfile.ZipInfo], path: Path) -> dict[str, tuple[int, int]]:
@@ -142,20 +177,28 @@ def _check_crc(
     raise_if(CheckpointError, str(path), problems)
 
 
-def _locate(state: dict, stem: str, spans: dict[str, tuple[int, int]], path: Path) -> dict[str, StoredTensor]:
-    tensors, problems = {}, []
-    for name, view in dict.items(state):
-        member = f"{stem}/data/{view.storage.key}" if isinstance(view, torch_pickle.View) else None
-        if member is None or not isinstance(name, str):
-            problems.append(f"{str(name)[:100]}: expected a named tensor, got {type(view).__name__.lstrip('_')}")
-        elif member not in spans:
-            problems.append(f"{name}: its storage {member} is not in the file")
-        elif spans[member][1] != view.storage.nbytes:
-            problems.append(f"{name}: expected a storage of {view.storage.nbytes} bytes, got {spans[member][1]}")
-        else:
-            tensors[name] = _stored(view, spans[member][0])
-    raise_if(CheckpointError, str(path), problems)
-    return tensors
+class _Place(NamedTuple):
+    """Where the storages of a file are."""
+
+    path: Path
+    stem: str
+    spans: dict[str, tuple[int, int]]
+
+    def locate(self, state: dict) -> dict[str, StoredTensor]:
+        tensors, problems = {}, []
+        for name, view in dict.items(state):
+            member = f"{self.stem}/data/{view.storage.key}" if isinstance(view, torch_pickle.View) else None
+            if member is None or not isinstance(name, str):
+                problems.append(f"{str(name)[:100]}: expected a named tensor, got {type(view).__name__.lstrip('_')}")
+            elif member not in self.spans:
+                problems.append(f"{name}: its storage {member[:200]} is not in the file")
+            elif self.spans[member][1] != view.storage.nbytes:
+                got = self.spans[member][1]
+                problems.append(f"{name}: expected a storage of {view.storage.nbytes} bytes, got {got}")
+            else:
+                tensors[name] = _stored(view, self.spans[member][0])
+        raise_if(CheckpointError, str(self.path), problems)
+        return tensors
 
 
 def _stored(view: torch_pickle.View, storage_start: int) -> StoredTensor:
@@ -171,14 +214,18 @@ def _stored(view: torch_pickle.View, storage_start: int) -> StoredTensor:
 
 
 def write_file(
-    file: BinaryIO, tensors: Iterable[PlannedTensor], write_tensor: Callable[[IO[bytes], PlannedTensor], None]
+    file: BinaryIO,
+    tensors: Iterable[PlannedTensor],
+    write_tensor: Callable[[IO[bytes], PlannedTensor], None],
+    beside: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the zip, calling `write_tensor(file, tensor)` for each; `torch.load(weights_only=True)` reads it.
 
-    `write_tensor` must write exactly `tensor.nbytes` bytes.
+    `write_tensor` must write exactly `tensor.nbytes` bytes. With `beside`, the file holds a dict of that plain data,
+    which has the tensors as "model".
     """
     tensors = list(tensors)
-    pickled = torch_pickle.dumps((tensor.name, tensor.dtype, tensor.shape) for tensor in tensors)
+    pickled = torch_pickle.dumps(((tensor.name, tensor.dtype, tensor.shape) for tensor in tensors), beside)
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr(_member("data.pkl"), pickled)
         archive.writestr(_member("byteorder"), b"little")

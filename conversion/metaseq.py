@@ -1,0 +1,271 @@
+"""metaseq's checkpoints in every layout: opened as model-parallel parts of named tensors, and written part by part.
+
+A part comes from one file, or from the shards of fully sharded training; its tensors are named, or lie in flat tensors
+(`metaseq_flat`). Which files belong together is `metaseq_files`' business, what the stored settings mean
+`metaseq_config`'s. Putting the parts together, and the keys, values and queries apart, is not done here. Neither
+metaseq nor omegaconf nor torch is imported, and nothing in a file is executed (`torch_records`).
+Sources: metaseq f2cd367 (May 2022) and f7ffa5f (June 2023), `checkpoint_utils.py`, `scripts/reshard_fsdp.py`,
+`scripts/reshard_mp.py`, `scripts/convert_to_singleton.py`.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from conversion import metaseq_flat, torch_zip
+from conversion.metaseq_config import config_of_settings, is_model_parallel, settings_of
+from conversion.metaseq_files import files_of
+from conversion.metaseq_flat import ROOT, Group, Shard, is_flat
+from conversion.safetensors_file import PlannedTensor
+from conversion.stored import DTYPES, MappedFile, StoredTensor
+from conversion.torch_records import plain
+from opt_core.config import OPTConfig
+from opt_core.errors import CheckpointError, raise_if
+
+VERSION = "decoder.version"  # of the module's names, 3 since before OPT; no weight
+_BRANCHES = ("model", "cfg", "args", "shard_metadata")
+_LISTED = 20
+_LAYER_WEIGHT = r"(self_attn\.(qkv|k|v|q|out)_proj|fc1|fc2|self_attn_layer_norm|final_layer_norm)\.(weight|bias)"
+_WEIGHT = re.compile(
+    r"decoder\.(embed_tokens\.weight|embed_positions\.weight|output_projection\.weight|project_(in|out)_dim\.weight"
+    rf"|layer_norm\.(weight|bias)|layers\.(0|[1-9]\d{{0,4}})\.{_LAYER_WEIGHT})"
+)
+_NESTED = re.compile(r"decoder\.layers\.(0|[1-9]\d{0,4})\.layers\.(0|[1-9]\d{0,4})\.(.+)")
+
+
+class Metaseq(NamedTuple):
+    """An opened checkpoint.
+
+    `parts` holds one file-like object per model-parallel part, in order, all with the same tensors of the same shapes;
+    a tensor's name is metaseq's. `settings` are those of the model, None where the files have none. `unknown` lists
+    the names that the pickles ask for in branches that were passed over (optimizer, data, ...); none was imported.
+    """
+
+    source: Path
+    parts: list[MappedFile]
+    settings: dict[str, Any] | None
+    unknown: tuple[str, ...]
+
+
+class _Stored(NamedTuple):
+    """What one file holds."""
+
+    shard: Shard
+    settings: dict[str, Any] | None
+    metadata: Any
+    unknown: tuple[str, ...]
+
+
+def open_parts(path: Path, config: OPTConfig | None = None, *, verify: bool = False) -> Metaseq:
+    """Opens a folder, or the set of files that `path` is one of; reads no weights unless `verify`.
+
+    Args:
+        config: used for flat files without metadata instead of the settings in them.
+        verify: also compares every byte with the checksums of the files.
+
+    Raises:
+        CheckpointError: lists what is missing, damaged, contradictory or unknown, by file and tensor.
+        ConfigError: the settings of a flat file describe no model.
+    """
+    stored = [[_read(file, verify) for file in shards] for shards in files_of(path)]
+    settings = stored[0][0].settings
+    names = [name for part in stored for one in part for name in one.shard.tensors]
+    if not is_flat(names):
+        parts = [_named_part(part) for part in stored]
+    elif any(one.metadata is not None for part in stored for one in part):
+        parts = [_part_by_metadata(part) for part in stored]
+    else:
+        parts = _parts_by_config(stored, config, path)
+    parts = [_renamed(part) for part in parts]
+    _check_parts(parts, path)
+    unknown = dict.fromkeys(name for part in stored for one in part for name in one.unknown)
+    return Metaseq(path, parts, settings, tuple(unknown))
+
+
+def config_of(opened: Metaseq) -> OPTConfig:
+    """The config by the stored settings and the shapes of the tensors.
+
+    Raises:
+        CheckpointError: settings are missing, contradict the tensors, or are of a model that is no OPT.
+        ConfigError: the sizes are of no model.
+    """
+    shapes = {name: tensor.shape for name, tensor in opened.parts[0].tensors.items()}
+    return config_of_settings(opened.settings, shapes, len(opened.parts), str(opened.source))
+
+
+# -- one file ---------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path, verify: bool) -> _Stored:
+    records = torch_zip.read_records(path, verify=verify)
+    is_bare = not isinstance(records.content.get("model"), dict)  # a state dict alone was passed around too
+    branches = {"model": records.content} if is_bare else {name: records.content.get(name) for name in _BRANCHES}
+    problems: list[str] = []
+    read = {name: plain(branch, name, problems) for name, branch in branches.items()}
+    raise_if(CheckpointError, str(path), problems)
+    tensors = records.locate(read["model"])
+    tensors.pop(VERSION, None)
+    settings = settings_of(read.get("cfg"), read.get("args"))
+    return _Stored(Shard(path, tensors), settings, read.get("shard_metadata"), records.unknown)
+
+
+# -- one part ---------------------------------------------------------------------------------------------------------
+
+
+def _named_part(part: list[_Stored]) -> MappedFile:
+    """A part in one file, by name. Its `shard_metadata`, if any, is that of before it was made."""
+    if len(part) > 1:
+        text = f"expected flat tensors in {len(part)} shards, got named ones"
+        raise CheckpointError(str(part[0].shard.path), [text])
+    return MappedFile(*part[0].shard)
+
+
+def _part_by_metadata(part: list[_Stored]) -> MappedFile:
+    source = str(part[0].shard.path)
+    groups = metaseq_flat.groups_of_metadata([one.metadata for one in part], source)
+    return metaseq_flat.cut([one.shard for one in part], groups, source)
+
+
+def _parts_by_config(stored: list[list[_Stored]], config: OPTConfig | None, path: Path) -> list[MappedFile]:
+    if len(stored[0]) > 1:
+        raise CheckpointError(str(path), ["shard_metadata: missing, without which shards cannot be joined"])
+    first = stored[0][0]
+    if config is None:
+        config = _flat_config(first, len(stored), path)
+    groups = _flat_groups(first, config, len(stored), path)
+    return [metaseq_flat.cut([part[0].shard], groups, str(part[0].shard.path)) for part in stored]
+
+
+def _flat_config(first: _Stored, parts: int, path: Path) -> OPTConfig:
+    """The config by the settings alone; the vocabulary is what is left of the flat tensor."""
+    smallest = 8 * parts
+    config = config_of_settings(first.settings, {}, parts, str(path), vocab_size=smallest)
+    needed = next(group.size for group in _flat_groups(first, config, parts, path) if group.key == ROOT)
+    held = first.shard.tensors[ROOT].shape[0] if ROOT in first.shard.tensors else 0
+    more, left = divmod(held - needed, config.word_embed_proj_dim)
+    vocabulary = smallest + more * parts
+    if left or more < 0 or vocabulary % 8:  # metaseq pads every dictionary to a multiple of 8
+        text = f"{ROOT}: expected {needed} elements and a multiple of 8 rows more of {config.word_embed_proj_dim}"
+        raise CheckpointError(str(path), [f"{text}, by the settings in cfg, got {held}"])
+    return config.replace(vocab_size=vocabulary)
+
+
+def _flat_groups(first: _Stored, config: OPTConfig, parts: int, path: Path) -> list[Group]:
+    sizes = {"vocab_size": config.vocab_size, "num_attention_heads": config.num_attention_heads}
+    problems = [
+        f"{field}: expected a multiple of {parts} parts, got {size}"
+        for field, size in {**sizes, "ffn_dim": config.ffn_dim}.items()
+        if size % parts
+    ]
+    joint = is_model_parallel(first.settings, parts)
+    if joint is None and config.do_layer_norm_before and config.enable_bias:
+        problems.append("cfg.model.arch: missing, without which the order of keys, values and queries is not known")
+    if not config.tie_word_embeddings:
+        problems.append("tie_word_embeddings: expected True for flat tensors without metadata, got False")
+    raise_if(CheckpointError, str(path), problems)
+    return metaseq_flat.groups_of_config(set(first.shard.tensors), config, parts, joint=bool(joint))
+
+
+# -- names, and what all parts agree in -------------------------------------------------------------------------------
+
+
+def _renamed(part: MappedFile) -> MappedFile:
+    """With the layers of groups, which were wrapped together in training, counted through."""
+    nested = {name: match for name in part.tensors if (match := _NESTED.fullmatch(name))}
+    if not nested:
+        return part
+    inner: dict[int, set[int]] = {}
+    for match in nested.values():
+        inner.setdefault(int(match[1]), set()).add(int(match[2]))
+    width = len(inner.get(0, ()))
+    is_regular = set(inner) == set(range(len(inner))) and all(of == set(range(width)) for of in inner.values())
+    if not is_regular or any(name.startswith("decoder.layers.") for name in part.tensors.keys() - nested.keys()):
+        raise CheckpointError(str(part.path), ["decoder.layers: expected groups of equally many layers"])
+    names = {name: f"decoder.layers.{int(m[1]) * width + int(m[2])}.{m[3]}" for name, m in nested.items()}
+    return _Renamed(part, {names.get(name, name): name for name in part.tensors})
+
+
+class _Renamed(MappedFile):
+    def __init__(self, file: MappedFile, names: dict[str, str]):
+        super().__init__(file.path, {name: file.tensors[old] for name, old in names.items()})
+        self._file, self._names = file, names
+
+    def read(self, name: str) -> np.ndarray:
+        return self._file.read(self._names[name])
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _check_parts(parts: list[MappedFile], path: Path) -> None:
+    problems = []
+    for name, tensor in parts[0].tensors.items():
+        if not _WEIGHT.fullmatch(name):
+            problems.append(f"{parts[0].path.name}: {name[:200]}: not a weight of OPT in metaseq")
+        elif tensor.dtype not in DTYPES:
+            text = f"expected a dtype of {', '.join(DTYPES)}, got {tensor.dtype}"
+            problems.append(f"{parts[0].path.name}: {name}: {text}")
+    if not parts[0].tensors:
+        problems.append(f"{parts[0].path.name}: expected the weights of a model, got none")
+    for part in parts[1:]:
+        problems += [f"{part.path.name}: {text}" for text in _differences(parts[0].tensors, part.tensors)][:_LISTED]
+    raise_if(CheckpointError, str(path), [*problems[:_LISTED], *_missing_parts(parts)])
+
+
+def _differences(first: Mapping[str, StoredTensor], other: Mapping[str, StoredTensor]) -> Iterator[str]:
+    """Parts are equal in everything but values: what is not split is there whole in each."""
+    yield from (f"{name[:200]}: missing, though part 0 has it" for name in first.keys() - other.keys())
+    yield from (f"{name[:200]}: there, though part 0 lacks it" for name in other.keys() - first.keys())
+    for name in first.keys() & other.keys():
+        if first[name][:2] != other[name][:2]:
+            expected, got = (f"{tensor.dtype} {tensor.shape}" for tensor in (first[name], other[name]))
+            yield f"{name[:200]}: expected {expected}, as in part 0, got {got}"
+
+
+def _missing_parts(parts: list[MappedFile]) -> Iterator[str]:
+    """Names cannot tell that the last parts are missing, but widths can."""
+    found = parts[0].tensors.get("decoder.layers.0.self_attn.out_proj.weight")
+    width, columns = found.shape if found and len(found.shape) == 2 else (1, 1)
+    if columns * len(parts) < width:
+        text = f"expected the {width} columns of self_attn.out_proj.weight in all parts together"
+        yield f"{text}, got {columns} in each of {len(parts)}: parts are missing"
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_part(
+    file: BinaryIO,
+    tensors: Iterable[PlannedTensor],
+    write_tensor: Callable[[IO[bytes], PlannedTensor], None],
+    *,
+    cfg: Mapping[str, Any],
+) -> None:
+    """Writes one model-parallel part as metaseq saves an unflattened one; calls `write_tensor(file, tensor)` for each.
+
+    Args:
+        tensors: by metaseq's names, of the shapes in this part; `decoder.version` is added.
+        write_tensor: must write exactly `tensor.nbytes` bytes.
+        cfg: of `metaseq_config.cfg_of`.
+    """
+    planned = list(tensors)
+    version = PlannedTensor(VERSION, planned[0].dtype if planned else "float32", (1,))
+
+    def write(member: IO[bytes], tensor: PlannedTensor) -> None:
+        if tensor is version:
+            member.write(np.array([3], DTYPES[version.dtype]).tobytes())
+        else:
+            write_tensor(member, tensor)
+
+    torch_zip.write_file(file, [version, *planned], write, beside={"cfg": dict(cfg), **_STATE_OF_TRAINING})
+
+
+# What metaseq looks for in any checkpoint before it builds a model (`checkpoint_utils._upgrade_state_dict`).
+_STATE_OF_TRAINING: dict[str, Any] = {
+    "args": None,
+    "optimizer_history": [{"criterion_name": "", "lr_scheduler_state": {}, "num_updates": 0}],
+    "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}},
+}
