@@ -106,14 +106,24 @@ def _part(path: Path, member: zipfile.ZipInfo) -> Part:
     if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size or member.flag_bits & 1:
         text = f"{member.filename}: expected a member stored as it is, got a compressed or encrypted one"
         raise CheckpointError(str(path), [text])
+    start, size = _start_of(path, member), path.stat().st_size
+    if start is None or start + member.file_size > size:
+        raise CheckpointError(str(path), [f"{member.filename}: damaged or truncated, {size} bytes in all"])
+    return Part(start, member.file_size)
+
+
+def _start_of(path: Path, member: zipfile.ZipInfo) -> int | None:
+    """Where a member's bytes begin, by its local header; None where that is damaged."""
+    if member.header_offset not in range(path.stat().st_size):
+        return None
     with open(path, "rb") as file:
         file.seek(member.header_offset)
-        header = file.read(_LOCAL_HEADER.size)
-    magic, name_length, extra_length = _LOCAL_HEADER.unpack(header.ljust(_LOCAL_HEADER.size))
-    start = member.header_offset + _LOCAL_HEADER.size + name_length + extra_length
-    if magic != _ZIP_MAGIC or start + member.file_size > path.stat().st_size:
-        raise CheckpointError(str(path), [f"{member.filename}: damaged or truncated"])
-    return Part(start, member.file_size)
+        header = file.read(_LOCAL_HEADER.size).ljust(_LOCAL_HEADER.size)
+        magic, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+        name = file.read(name_length)
+    if magic != _ZIP_MAGIC or name != member.filename.encode():
+        return None
+    return member.header_offset + _LOCAL_HEADER.size + name_length + extra_length
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------

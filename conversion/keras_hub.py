@@ -20,16 +20,16 @@ from opt_core.schema import parameter_count
 VOCABULARY_NAME = "assets/tokenizer/vocabulary.json"
 MERGES_NAME = "assets/tokenizer/merges.txt"
 
-# Argument of OPTBackbone -> field of OPTConfig. It has one rate for both dropouts; the first row is the one written.
+# Argument of OPTBackbone -> field of OPTConfig. It has one rate for both dropouts: the first row is written.
 FIELDS = (
     ("vocabulary_size", "vocab_size"),
     ("num_layers", "num_hidden_layers"),
     ("num_heads", "num_attention_heads"),
     ("hidden_dim", "hidden_size"),
     ("intermediate_dim", "ffn_dim"),
-    ("max_sequence_length", "max_position_embeddings"),
     ("dropout", "dropout"),
     ("dropout", "attention_dropout"),
+    ("max_sequence_length", "max_position_embeddings"),
 )
 _DEFAULTS = {"dropout": 0.1, "max_sequence_length": 2048}
 _INERT_ARGUMENTS = {"name", "trainable", "dtype"}
@@ -52,12 +52,14 @@ def config_of(source: Path) -> OPTConfig:
 
     Raises:
         ConfigError: it is no OPT, or has arguments that OPTBackbone does not have.
-        FileNotFoundError: there is no config.json.
+        CheckpointError: there is no config.json, or the archive is damaged.
     """
     if source.is_file() and keras_h5.is_archive(source):
         return _config_from(keras_h5.read_config(source), f"{source}: {CONFIG_NAME}", {})
     folder = source if source.is_dir() else source.parent
     path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise CheckpointError(str(folder), [f"{CONFIG_NAME}: missing; put it beside the weights, or give a config"])
     return _config_from(read_json_object(path), str(path), _token_ids(folder / VOCABULARY_NAME))
 
 
@@ -95,10 +97,11 @@ def _arguments_in(fields: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def _policy_name(dtype) -> str | None:
-    """The name in a serialized policy, or in what older files have in its place."""
-    settings = dtype.get("config") if isinstance(dtype, dict) else None
-    name = settings.get("name") if isinstance(settings, dict) else dtype
-    return None if name is None else str(name)[:100]
+    """The name in a serialized policy, or what older files have in its place; of a map of policies its class."""
+    if isinstance(dtype, dict):
+        settings = dtype.get("config")
+        dtype = settings["name"] if isinstance(settings, dict) and "name" in settings else dtype.get("class_name", "")
+    return None if dtype is None else str(dtype)[:100]
 
 
 # -- the files beside the weights -------------------------------------------------------------------------------------
@@ -132,8 +135,10 @@ def preset_files(
 
 
 def _backbone(config: OPTConfig, dtype: str) -> dict[str, Any]:
-    arguments = {argument: getattr(config, field) for argument, field in reversed(FIELDS)}
-    return _serialized("opt_backbone", "OPTBackbone", {**_layer("opt_backbone", dtype), **arguments})
+    arguments = _layer("opt_backbone", dtype)
+    for argument, field in FIELDS:
+        arguments.setdefault(argument, getattr(config, field))
+    return _serialized("opt_backbone", "OPTBackbone", arguments)
 
 
 def _metadata(config: OPTConfig) -> dict[str, Any]:
