@@ -7,14 +7,16 @@ TensorFlow 2.21.
 
 from functools import lru_cache
 
+import numpy as np
+
 from opt_core.errors import InputError
 
 _POLYNOMIAL = 0x82F63B78  # of Castagnoli, bits reversed
 _MASK = 0xA282EAD8
 
 
-def extend(crc: int, data: bytes) -> int:
-    """The CRC-32C of something whose CRC is `crc`, followed by `data`; 0 is that of nothing."""
+def extend(crc: int, data: bytes | np.ndarray) -> int:
+    """The CRC-32C of something whose CRC is `crc`, followed by `data`, bytes or [n] of uint8; 0 is that of nothing."""
     try:
         import google_crc32c
     except ImportError:
@@ -30,15 +32,17 @@ def masked(crc: int) -> int:
 def check_is_fast() -> None:
     """Raises an InputError that says what to install, unless the CRC of whole weights is practical."""
     try:
-        import google_crc32c  # noqa: F401
+        from google_crc32c import implementation
     except ImportError:
-        problem = "checksums of TensorFlow checkpoints need google-crc32c: pip install google-crc32c"
-        raise InputError("missing package", [problem]) from None
+        implementation = "no package"
+    if implementation != "c":
+        text = f"expected its implementation in C, got {implementation}: pip install google-crc32c"
+        raise InputError("checksums of TensorFlow", [f"google-crc32c: {text}"])
 
 
-def _extend_by_table(crc: int, data: bytes) -> int:
+def _extend_by_table(crc: int, data: bytes | np.ndarray) -> int:
     table, crc = _table(), crc ^ 0xFFFFFFFF
-    for byte in data:
+    for byte in bytes(data):
         crc = table[(crc ^ byte) & 0xFF] ^ crc >> 8
     return crc ^ 0xFFFFFFFF
 

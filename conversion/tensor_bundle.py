@@ -227,7 +227,8 @@ class _Checksummed:
         self._file, self.crc = file, 0
 
     def write(self, chunk) -> int:
-        self.crc = crc32c.extend(self.crc, bytes(chunk))
+        run = np.asarray(memoryview(chunk).cast("B"))  # of a memoryview, google-crc32c 1.9 would need a copy
+        self.crc = crc32c.extend(self.crc, run)
         return self._file.write(chunk)
 
 
