@@ -340,6 +340,13 @@ def test_a_missing_data_file_is_named(index):
     assert "ckpt-1.data-00000-of-00001: missing" in refusal(index)
 
 
+def test_a_data_file_that_is_a_link_out_of_the_folder_is_refused(index, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "data"
+    os.rename(data_file(index), elsewhere)
+    data_file(index).symlink_to(elsewhere)
+    assert "ckpt-1.data-00000-of-00001: a link that leaves the folder" in refusal(index)
+
+
 def test_a_flipped_byte_of_a_weight_is_found_where_checksums_are_compared(index):
     data = bytearray(data_file(index).read_bytes())
     data[open_file(index).tensors[BIAS].offset + 3] ^= 1
