@@ -1,39 +1,33 @@
 """metaseq's checkpoints in every layout: opened as model-parallel parts of named tensors, and written part by part.
 
 A part comes from one file, or from the shards of fully sharded training; its tensors are named, or lie in flat tensors
-(`metaseq_flat`). Which files belong together is `metaseq_files`' business, what the stored settings mean
-`metaseq_config`'s. Putting the parts together, and the keys, values and queries apart, is not done here. Neither
-metaseq nor omegaconf nor torch is imported, and nothing in a file is executed (`torch_records`).
+(`metaseq_flat`). Which files belong together is `metaseq_files`' business, what parts must agree in `metaseq_parts`',
+what the stored settings mean `metaseq_config`'s. Putting the parts together, and the keys, values and queries apart, is
+not done here. Neither metaseq nor omegaconf nor torch is imported, and nothing in a file is executed (`torch_records`).
 Sources: metaseq f2cd367 (May 2022) and f7ffa5f (June 2023), `checkpoint_utils.py`, `scripts/reshard_fsdp.py`,
 `scripts/reshard_mp.py`, `scripts/convert_to_singleton.py`.
 """
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from conversion import metaseq_flat, torch_zip
-from conversion.metaseq_config import config_of_settings, is_model_parallel, settings_of
+from conversion.metaseq_config import APART, JOINT, config_of_settings, is_model_parallel, settings_of
 from conversion.metaseq_files import files_of
 from conversion.metaseq_flat import ROOT, Group, Shard, is_flat
+from conversion.metaseq_parts import check_parts, without_leftover_head, without_nested_layers
 from conversion.safetensors_file import PlannedTensor
-from conversion.stored import DTYPES, MappedFile, StoredTensor
+from conversion.stored import DTYPES, MappedFile
 from conversion.torch_records import plain
 from opt_core.config import OPTConfig
 from opt_core.errors import CheckpointError, raise_if
 
 VERSION = "decoder.version"  # of the module's names, 3 since before OPT; no weight
 _BRANCHES = ("model", "cfg", "args", "shard_metadata")
-_LISTED = 20
-_LAYER_WEIGHT = r"(self_attn\.(qkv|k|v|q|out)_proj|fc1|fc2|self_attn_layer_norm|final_layer_norm)\.(weight|bias)"
-_WEIGHT = re.compile(
-    r"decoder\.(embed_tokens\.weight|embed_positions\.weight|output_projection\.weight|project_(in|out)_dim\.weight"
-    rf"|layer_norm\.(weight|bias)|layers\.(0|[1-9]\d{{0,4}})\.{_LAYER_WEIGHT})"
-)
-_NESTED = re.compile(r"decoder\.layers\.(0|[1-9]\d{0,4})\.layers\.(0|[1-9]\d{0,4})\.(.+)")
 
 
 class Metaseq(NamedTuple):
@@ -79,8 +73,9 @@ def open_parts(path: Path, config: OPTConfig | None = None, *, verify: bool = Fa
         parts = [_part_by_metadata(part) for part in stored]
     else:
         parts = _parts_by_config(stored, config, path)
-    parts = [_renamed(part) for part in parts]
-    _check_parts(parts, path)
+    parts = [without_nested_layers(part) for part in parts]
+    check_parts(parts, path)
+    parts = without_leftover_head(parts, path)
     unknown = dict.fromkeys(name for part in stored for one in part for name in one.unknown)
     return Metaseq(path, parts, settings, tuple(unknown))
 
@@ -169,71 +164,6 @@ def _flat_groups(first: _Stored, config: OPTConfig, parts: int, path: Path) -> l
     return metaseq_flat.groups_of_config(set(first.shard.tensors), config, parts, joint=bool(joint))
 
 
-# -- names, and what all parts agree in -------------------------------------------------------------------------------
-
-
-def _renamed(part: MappedFile) -> MappedFile:
-    """With the layers of groups, which were wrapped together in training, counted through."""
-    nested = {name: match for name in part.tensors if (match := _NESTED.fullmatch(name))}
-    if not nested:
-        return part
-    inner: dict[int, set[int]] = {}
-    for match in nested.values():
-        inner.setdefault(int(match[1]), set()).add(int(match[2]))
-    width = len(inner.get(0, ()))
-    is_regular = set(inner) == set(range(len(inner))) and all(of == set(range(width)) for of in inner.values())
-    if not is_regular or any(name.startswith("decoder.layers.") for name in part.tensors.keys() - nested.keys()):
-        raise CheckpointError(str(part.path), ["decoder.layers: expected groups of equally many layers"])
-    names = {name: f"decoder.layers.{int(m[1]) * width + int(m[2])}.{m[3]}" for name, m in nested.items()}
-    return _Renamed(part, {names.get(name, name): name for name in part.tensors})
-
-
-class _Renamed(MappedFile):
-    def __init__(self, file: MappedFile, names: dict[str, str]):
-        super().__init__(file.path, {name: file.tensors[old] for name, old in names.items()})
-        self._file, self._names = file, names
-
-    def read(self, name: str) -> np.ndarray:
-        return self._file.read(self._names[name])
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _check_parts(parts: list[MappedFile], path: Path) -> None:
-    problems = []
-    for name, tensor in parts[0].tensors.items():
-        if not _WEIGHT.fullmatch(name):
-            problems.append(f"{parts[0].path.name}: {name[:200]}: not a weight of OPT in metaseq")
-        elif tensor.dtype not in DTYPES:
-            text = f"expected a dtype of {', '.join(DTYPES)}, got {tensor.dtype}"
-            problems.append(f"{parts[0].path.name}: {name}: {text}")
-    if not parts[0].tensors:
-        problems.append(f"{parts[0].path.name}: expected the weights of a model, got none")
-    for part in parts[1:]:
-        problems += [f"{part.path.name}: {text}" for text in _differences(parts[0].tensors, part.tensors)][:_LISTED]
-    raise_if(CheckpointError, str(path), [*problems[:_LISTED], *_missing_parts(parts)])
-
-
-def _differences(first: Mapping[str, StoredTensor], other: Mapping[str, StoredTensor]) -> Iterator[str]:
-    """Parts are equal in everything but values: what is not split is there whole in each."""
-    yield from (f"{name[:200]}: missing, though part 0 has it" for name in first.keys() - other.keys())
-    yield from (f"{name[:200]}: there, though part 0 lacks it" for name in other.keys() - first.keys())
-    for name in first.keys() & other.keys():
-        if first[name][:2] != other[name][:2]:
-            expected, got = (f"{tensor.dtype} {tensor.shape}" for tensor in (first[name], other[name]))
-            yield f"{name[:200]}: expected {expected}, as in part 0, got {got}"
-
-
-def _missing_parts(parts: list[MappedFile]) -> Iterator[str]:
-    """Names cannot tell that the last parts are missing, but widths can."""
-    found = parts[0].tensors.get("decoder.layers.0.self_attn.out_proj.weight")
-    width, columns = found.shape if found and len(found.shape) == 2 else (1, 1)
-    if columns * len(parts) < width:
-        text = f"expected the {width} columns of self_attn.out_proj.weight in all parts together"
-        yield f"{text}, got {columns} in each of {len(parts)}: parts are missing"
-
-
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
@@ -249,7 +179,7 @@ def write_part(
     Args:
         tensors: by metaseq's names, of the shapes in this part; `decoder.version` is added.
         write_tensor: must write exactly `tensor.nbytes` bytes.
-        cfg: of `metaseq_config.cfg_of`.
+        cfg: of `metaseq_config.cfg_of`; its arch becomes that of the class which has tensors of these names.
     """
     planned = list(tensors)
     version = PlannedTensor(VERSION, planned[0].dtype if planned else "float32", (1,))
@@ -260,7 +190,11 @@ def write_part(
         else:
             write_tensor(member, tensor)
 
-    torch_zip.write_file(file, [version, *planned], write, beside={"cfg": dict(cfg), **_STATE_OF_TRAINING})
+    arch = JOINT if any("qkv_proj" in tensor.name for tensor in planned) else APART
+    model = Namespace(**{**vars(cfg["model"]), "arch": arch, "_name": arch})
+    torch_zip.write_file(
+        file, [version, *planned], write, beside={"cfg": {**cfg, "model": model}, **_STATE_OF_TRAINING}
+    )
 
 
 # What metaseq looks for in any checkpoint before it builds a model (`checkpoint_utils._upgrade_state_dict`).

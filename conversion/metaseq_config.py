@@ -9,14 +9,15 @@ from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from conversion.metaseq_parts import EMBEDDING
 from conversion.torch_pickle import outline
 from opt_core.config import POSITION_OFFSET, OPTConfig
 from opt_core.errors import CheckpointError, ConfigError, raise_if
 
-_EMBEDDING = "decoder.embed_tokens.weight"
 _POSITIONS = "decoder.embed_positions.weight"
 _FINAL_NORM = "decoder.layer_norm.weight"
-_MODEL_PARALLEL = "transformer_lm_megatron"  # arch of the classes that join keys, values and queries
+# Settings `arch` of the classes that join keys, values and queries, and of those that keep them apart.
+JOINT, APART = "transformer_lm_megatron", "transformer_lm"
 _REQUIRED = object()
 
 
@@ -171,12 +172,12 @@ def _switches(fields: dict, settings: Mapping[str, Any], shapes: Mapping[str, tu
 
 def _sizes_of(shapes: Mapping[str, tuple[int, ...]], parts: int, source: str) -> dict[str, int]:
     """What the tensors say better: nothing obeys the setting `decoder_input_dim` in models without projections."""
-    problems = [f"{name}: expected a matrix, got {shapes.get(name, 'none')}" for name in (_EMBEDDING, _POSITIONS)
+    problems = [f"{name}: expected a matrix, got {shapes.get(name, 'none')}" for name in (EMBEDDING, _POSITIONS)
                 if len(shapes.get(name, ())) != 2]  # fmt: skip
     raise_if(CheckpointError, source, problems)
     return dict(
-        vocab_size=shapes[_EMBEDDING][0] * parts,
-        word_embed_proj_dim=shapes[_EMBEDDING][1],
+        vocab_size=shapes[EMBEDDING][0] * parts,
+        word_embed_proj_dim=shapes[EMBEDDING][1],
         max_position_embeddings=shapes[_POSITIONS][0] - POSITION_OFFSET,
     )
 
@@ -202,7 +203,7 @@ def cfg_of(config: OPTConfig, parts: int = 1) -> dict[str, Any]:
         ConfigError: lists what metaseq has no model for.
     """
     raise_if(ConfigError, "metaseq", list(_unwritable(config, parts)))
-    arch = _MODEL_PARALLEL if config.do_layer_norm_before else "transformer_lm"
+    arch = JOINT if config.do_layer_norm_before else APART
     settings = {setting.name: setting.of(getattr(config, setting.field)) for setting in SETTINGS}
     length = config.max_position_embeddings
     return {

@@ -219,10 +219,10 @@ def save_unflattened(folder, config, truth, parts=1, stem="reshard", **more):
 
 
 def save_resharded(folder, config, truth, parts=1):
-    """What reshard_mp saves: with the metadata of other parts, and the head of the first alone."""
+    """What reshard_mp saves, here of twice as many parts: with their metadata, and the head of their first in each."""
+    head = truth["decoder.embed_tokens.weight"].chunk(2 * parts)[0].clone()
     for part, named in enumerate(parts_of(truth, config, parts)):
-        rows = named["decoder.embed_tokens.weight"]
-        model = {**named, **version(rows.dtype), "decoder.output_projection.weight": rows[: len(rows) // 2].clone()}
+        model = {**named, **version(head.dtype), "decoder.output_projection.weight": head}
         stale = raw_shards(parts_of(truth, config, 1)[0], 1)[0]["shard_metadata"]
         state = {"model": model, "cfg": cfg_of(config, parts), "extra_state": None, "optimizer_history": None}
         torch.save({**state, "args": None, "shard_metadata": stale}, folder / f"reshard-model_part-{part}.pt")
