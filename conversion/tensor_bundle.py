@@ -7,9 +7,10 @@ business. Source: `tensorflow/core/util/tensor_bundle/{naming,tensor_bundle}.cc`
 """
 
 import itertools
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, cast
 
 import numpy as np
@@ -33,6 +34,8 @@ from conversion.trackable_graph import COUNTER_NAME, GRAPH_KEY, graph_bytes, key
 from opt_core.errors import CheckpointError, raise_if
 
 _SUFFIX = ".index"
+_STATE_NAME = "checkpoint"
+_MAX_STATE_BYTES = 1 << 20
 _MAX_SHARDS = 9999
 _MAX_GRAPH_BYTES = 1 << 22  # that of a Keras model takes 12 KB a layer
 _CHUNK_BYTES = 1 << 22
@@ -68,6 +71,16 @@ class BundleFile:
     def close(self) -> None:
         for part in self._parts:
             part.close()
+
+
+def latest_index(folder: Path) -> Path | None:
+    """Of several checkpoints in a folder the index of the one that TensorFlow's file `checkpoint` names, if it does."""
+    state = folder / _STATE_NAME
+    if not state.is_file() or state.stat().st_size > _MAX_STATE_BYTES:
+        return None
+    named = re.search(r'^model_checkpoint_path: "([^"]+)"', state.read_text(errors="replace"), re.M)
+    index = folder / f"{PurePath(named[1]).name}{_SUFFIX}" if named else None  # also in a folder that was moved
+    return index if index is not None and index.is_file() else None
 
 
 def open_file(path: Path, *, verify: bool = False) -> BundleFile:
@@ -218,7 +231,7 @@ def write_folder(
         index[GRAPH_KEY.encode()] = _write_graph(file, [*names, COUNTER_NAME])
     (folder / f"{prefix}{_SUFFIX}").write_bytes(table_bytes(index))
     state = f'model_checkpoint_path: "{prefix}"\nall_model_checkpoint_paths: "{prefix}"\n'
-    (folder / "checkpoint").write_text(state, encoding="utf-8")
+    (folder / _STATE_NAME).write_text(state, encoding="utf-8")
 
 
 class _Checksummed:

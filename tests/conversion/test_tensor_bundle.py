@@ -18,7 +18,7 @@ from conversion.bundle_entry import text_bytes
 from conversion.protobuf_wire import Fixed32, fields, message, varint
 from conversion.safetensors_file import PlannedTensor
 from conversion.sstable import MAGIC, MAX_TABLE_BYTES, read_table, table_bytes
-from conversion.tensor_bundle import open_file, write_folder
+from conversion.tensor_bundle import latest_index, open_file, write_folder
 from conversion.trackable_graph import graph_bytes, variable_names
 from opt_core.errors import CheckpointError, InputError
 
@@ -81,6 +81,18 @@ def test_equal_tensors_give_equal_files_and_the_state_file_names_the_prefix(tmp_
     assert names == ["checkpoint", "ckpt-1.data-00000-of-00001", "ckpt-1.index"]
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
     assert 'model_checkpoint_path: "ckpt-1"' in (tmp_path / "a" / "checkpoint").read_text()
+
+
+def test_the_latest_of_several_checkpoints_is_the_one_that_the_state_file_names(tmp_path):
+    assert latest_index(tmp_path) is None
+    older, newer = (write(tmp_path, tensors_of("float16"), prefix=f"ckpt-{number}") for number in (9, 10))
+    assert latest_index(tmp_path) == newer
+    state = tmp_path / "checkpoint"
+    for path, expected in (("ckpt-9", older), ("/home/someone/run/ckpt-9", older), ("ckpt-11", None), ("..", None)):
+        state.write_text(f'model_checkpoint_path: "{path}"\nall_model_checkpoint_paths: "ckpt-10"\n')
+        assert latest_index(tmp_path) == expected
+    state.write_bytes(b"\xff" * 100)
+    assert latest_index(tmp_path) is None
 
 
 def test_tensors_in_several_data_files_are_read_and_keep_different_places(index):
