@@ -34,7 +34,7 @@ _STORAGE_OF = {dtype: storage for storage, (dtype, _) in STORAGES.items()}
 _ITEM_BYTES = dict(STORAGES.values())
 _DTYPE_ALIASES = {"double": "float64", "float": "float32", "half": "float16"}
 _MAX_DIMENSIONS = 8
-_MAX_STEPS = 2_000_000  # opcodes; OPT's largest state dict, 1540 tensors, takes 60,000
+_MAX_STEPS = 1_000_000  # opcodes; OPT's largest state dict, 1540 tensors, takes 60,000
 
 
 class Refused(ValueError):

@@ -138,7 +138,8 @@ class _Unpickler(Unpickler):
         self.append(_Bag())
 
     def load_frozenset(self):
-        self.append(self.pop_mark())
+        items = self.pop_mark()  # first: it changes what `append` is
+        self.append(items)
 
     dispatch.update({
         pickle.REDUCE[0]: load_reduce,
@@ -199,9 +200,11 @@ def _plain(value, where: str, problems: list[str], done: dict[int, Any], depth: 
         value, hops = value.content, hops + 1
     if value is None or isinstance(value, (str, int, float, View)):
         return value
-    if not isinstance(value, (dict, list, tuple)) or depth > _MAX_DEPTH:
-        _report(value if isinstance(value, Inert) else Inert("nested too deeply"), where, problems)
-        return None
+    if not isinstance(value, (dict, list, tuple)):
+        got = value if isinstance(value, Inert) else Inert(f"expected plain data, got {type(value).__name__}")
+        return _report(got, where, problems)
+    if depth > _MAX_DEPTH:
+        return _report(Inert("nested too deeply"), where, problems)
     if id(value) not in done:
         done[id(value)] = None  # of one that holds itself
         if isinstance(value, dict):
