@@ -20,7 +20,7 @@ from conversion.safetensors_file import PlannedTensor
 from conversion.stored import DTYPES, MappedFile, StoredTensor
 from opt_core.errors import CheckpointError, raise_if
 
-MAX_OBJECTS = 1 << 17  # OPT's largest has 1540 tensors
+MAX_OBJECTS = 1 << 15  # four times what OPT's largest has, with every group and the state of an optimizer
 _MAX_DEPTH = 16
 _MAX_COMPRESSION = 1000  # bytes declared for one stored; deflate reaches 1032
 _GZIP_AND_SHUFFLE = (1, 2)  # HDF5's numbers of filters
@@ -172,9 +172,7 @@ def _dtype_name(dataset) -> str:
 
 def _marked_dtype(dataset) -> str | None:
     """What Keras 3 notes beside numbers of a type that HDF5 lacks."""
-    if "dtype" not in dataset.attrs or dataset.attrs.get_id("dtype").shape != ():
-        return None
-    return str(dataset.attrs["dtype"])
+    return str(dataset.attrs["dtype"]) if "dtype" in dataset.attrs else None
 
 
 def _dataset_problem(dataset, file_bytes: int) -> str | None:
@@ -245,7 +243,5 @@ def make_dataset(h5, location: str, tensor: PlannedTensor) -> int:
     dtype, space = h5py.h5t.py_create(DTYPES[tensor.dtype]), h5py.h5s.create_simple(tensor.shape)
     dataset = h5py.h5d.create(h5.require_group(parent).id, name.encode(), dtype, space, settings)
     if tensor.dtype == "bfloat16":
-        h5py.Dataset(dataset).attrs["dtype"] = (
-            tensor.dtype
-        )  # as Keras 3 marks it; HDF5 sees two bytes without a meaning
+        h5py.Dataset(dataset).attrs["dtype"] = tensor.dtype  # to HDF5 they are opaque bytes
     return dataset.get_offset()
