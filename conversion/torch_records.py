@@ -14,7 +14,6 @@ from typing import Any, ClassVar, NamedTuple
 from conversion.torch_pickle import GLOBALS, Refused, Unpickler, View, asks_for, load, opcodes
 
 _MAX_DEPTH = 32
-_MAX_KEY = 1 << 63
 _MAX_PROBLEMS = 20
 
 _OPCODES = "NEWOBJ NEWOBJ_EX EMPTY_SET ADDITEMS FROZENSET BINBYTES SHORT_BINBYTES"
@@ -50,15 +49,16 @@ class Inert:
 class _Record(dict):
     """Stands for dict, OrderedDict and, with attributes for keys, Namespace.
 
-    Keys are text or small numbers. Any other is replaced: hashing a tuple nested a million times overflows the stack of
+    Keys are text or numbers. Any other is replaced: hashing a tuple nested a million times overflows the stack of
     the interpreter.
     """
 
     __slots__ = ()
 
     def __setitem__(self, key, value):
-        is_small = isinstance(key, str) or (type(key) is int and abs(key) < _MAX_KEY)
-        super().__setitem__(key if is_small else Inert(f"expected text for a key, got {type(key).__name__}"), value)
+        if not isinstance(key, str) and type(key) is not int:
+            key = Inert(f"expected text for a key, got {type(key).__name__}")
+        super().__setitem__(key, value)
 
     def __setstate__(self, state):
         pass

@@ -13,6 +13,8 @@ from metaseq_files import LAYOUTS, assert_holds, bytes_of
 from conversion import metaseq
 from opt_core.errors import CheckpointError, ConfigError
 
+NORM, BIAS = "decoder.layer_norm.weight", "decoder.layers.1.fc2.bias"
+
 
 def refusal(path, **options) -> str:
     with pytest.raises(CheckpointError) as raised:
@@ -146,9 +148,22 @@ def test_a_weight_in_two_groups_is_named(tmp_path):
     files.save_raw(tmp_path, config, files.truth_of(config))
     for path in tmp_path.iterdir():
         saved = torch.load(path, weights_only=False)
-        saved["shard_metadata"]["param_metadata"][2]["fsdp_path"] = "decoder.layers.0"
+        names = group(saved, 0)["names"]
+        names[names.index(NORM)] = BIAS
         torch.save(saved, path)
-    assert "decoder.layers.1.flat_param_0: neither" in refusal(tmp_path)
+    assert f"{BIAS}: in two flat tensors" in refusal(tmp_path)
+
+
+def test_a_group_of_another_path_is_named(tmp_path):
+    config = files.config_of()
+    files.save_raw(tmp_path, config, files.truth_of(config))
+    for path in tmp_path.iterdir():
+        saved = torch.load(path, weights_only=False)
+        saved["shard_metadata"]["param_metadata"][2]["fsdp_path"] = "decoder.layers.7"
+        torch.save(saved, path)
+    message = refusal(tmp_path)
+    assert "shard 0: decoder.layers.1.flat_param_0: neither" in message
+    assert "shard 2: decoder.layers.7.flat_param_0: missing" in message
 
 
 def test_shards_in_another_order_are_noticed_by_their_padding(tmp_path):
@@ -191,9 +206,6 @@ def save_named(folder, change, parts=2):
     torch.save(saved, path)
 
 
-NORM, BIAS = "decoder.layer_norm.weight", "decoder.layers.1.fc2.bias"
-
-
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
@@ -226,6 +238,19 @@ def test_parts_that_are_not_alike_are_refused(tmp_path, change, problem):
 def test_weights_that_opt_does_not_have_are_refused_by_name(tmp_path, name):
     save_named(tmp_path, lambda model: model.update({name: torch.zeros(3)}), parts=1)
     assert f"{name}: not a weight of OPT in metaseq" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("change", [lambda head: head + 1, lambda head: head[:, :-1], lambda head: head.repeat(99, 1)])
+def test_a_head_that_is_neither_the_embedding_nor_its_first_rows_is_refused(tmp_path, change, parts):
+    config = files.config_of(parts)
+    files.save_resharded(tmp_path, config, files.truth_of(config), parts)
+    path = max(tmp_path.iterdir())
+    saved = torch.load(path, weights_only=False)
+    name = "decoder.output_projection.weight"
+    saved["model"][name] = change(saved["model"][name]).contiguous()
+    torch.save(saved, path)
+    assert f"{name}: expected" in refusal(tmp_path)
 
 
 def test_weights_that_are_no_floats_are_refused(tmp_path):
