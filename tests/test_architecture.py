@@ -27,8 +27,9 @@ OWN_FRAMEWORK = {
 }
 # Functions that hand out arrays of a framework that the caller named import it there, and nowhere else.
 LAZY_IMPORTS = {"opt_core/batch_encoding.py", "opt_zoo/backends.py"}
-# What a framework needs and the others do not: attention with O(S) memory, which PyTorch has built in.
-ONLY_SOME_HAVE = {"blockwise.py"}
+# What a framework needs and the others do not: attention with O(S) memory, which PyTorch has built in; and TensorFlow's
+# own format of a program with its weights.
+ONLY_SOME_HAVE = {"blockwise.py", "saved_model.py"}
 
 
 def python_files(package: str) -> list[Path]:
