@@ -6,56 +6,31 @@ checkpoint on the hub is `conversion.hub`. No framework is imported.
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
-from conversion import h5_file, msgpack_file, safetensors_file, torch_zip
-from conversion.formats import Format, layout_of, published_of, without_scope
-from conversion.index import check_against_shards, read_index
-from conversion.layout import Layout, schema_shape, stored_shape, to_schema
-from conversion.names import canonical_names, task_of
-from conversion.recognition import format_of, weight_files
-from conversion.stored import DTYPES, MappedFile, StoredTensor
+from conversion.assembly import find_weights
+from conversion.containers import CONTAINERS, Container, Opened
+from conversion.formats import Format
+from conversion.names import task_of
+from conversion.recognition import format_by_names, format_of, weight_files
+from conversion.staging import check_is_published
+from conversion.stored import TensorFile
 from opt_core.config import CONFIG_NAME, OPTConfig
 from opt_core.config import DTYPES as CONFIG_DTYPES
-from opt_core.errors import CheckpointError, raise_if
-from opt_core.schema import SCHEMA, check_shapes, shapes
+from opt_core.errors import CheckpointError
+from opt_core.json_file import read_json_object
+from opt_core.schema import check_shapes, shapes
 
-_EMBEDDING = "decoder.embed_tokens.weight"
-_HEAD = next(row.name for row in SCHEMA if row.tied_to == _EMBEDDING)
-_COMPARED_BYTES = 1 << 24
+_PUBLISHED_FIELDS = {"model_type", "hidden_size"}  # one of which every published config.json has
+_MAPPED_BYTES = 1 << 28  # before the maps that `pieces` used are let go of
 _BASE_CLASSES = {"OPTModel", "TFOPTModel"}
 
 # Switches that explain missing or unexpected tensors, tried one at a time for a hint.
 _SWITCHES = ("enable_bias", "layer_norm_elementwise_affine", "_remove_final_layer_norm", "tie_word_embeddings")
-
-
-class _Stored(NamedTuple):
-    """One weight: the file it is in, its name there, and how it is laid out."""
-
-    file: MappedFile
-    name: str
-    layout: Layout
-    published: str
-
-    @property
-    def tensor(self) -> StoredTensor:
-        return self.file.tensors[self.name]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return schema_shape(self.tensor.shape, self.layout)
-
-    def read(self) -> np.ndarray:
-        if self.layout.is_identity:
-            return self.file.read(self.name)
-        if self.tensor.shape != stored_shape(self.layout):
-            text = f"{self.name}: expected {stored_shape(self.layout)}, got {self.tensor.shape}"
-            raise CheckpointError(str(self.file.path), [text])
-        return np.ascontiguousarray(to_schema(self.file.read(self.name), self.layout))
 
 
 class Checkpoint:
@@ -70,14 +45,15 @@ class Checkpoint:
         shapes, dtypes: by the schema's names; a tied head is not among them.
     """
 
-    def __init__(self, source: str, format: Format, config: OPTConfig, files: list[MappedFile]):
+    def __init__(self, source: str, format: Format, config: OPTConfig, files: Sequence[TensorFile]):
         self.source, self.format, self.config = source, format.name, config
-        self._stored = _find_weights_in(files, format, config, source)
+        self._files, self._viewed_bytes = files, 0
+        self._stored = find_weights(files, format, config, source)
         self.task = task_of(stored.published for stored in self._stored.values())
         if not format.names_tell_the_class and _BASE_CLASSES & {*(config.architectures or ())}:
             self.task = "base"
         self.shapes = {name: stored.shape for name, stored in self._stored.items()}
-        self.dtypes = {name: stored.tensor.dtype for name, stored in self._stored.items()}
+        self.dtypes = {name: stored.dtype for name, stored in self._stored.items()}
         if config.torch_dtype is None:
             self.config = config.replace(torch_dtype=_most_common_dtype(self.dtypes))
 
@@ -89,6 +65,19 @@ class Checkpoint:
         outlives `close`.
         """
         return self._stored[name].read()
+
+    def pieces(self, name: str) -> tuple[list[np.ndarray], int]:
+        """One tensor for a single look: its pieces, and the axis along which they follow each other.
+
+        They are views of any strides wherever a container allows, not to be written to. Unlike `read`, it lets go of
+        the file's pages again, some hundred MB later, so that a process which passes through a checkpoint stays small.
+        """
+        pieces, axis = self._stored[name].pieces()
+        self._viewed_bytes += sum(piece.nbytes for piece in pieces)
+        if self._viewed_bytes > _MAPPED_BYTES:
+            self.close()  # of which each array keeps what it needs
+            self._viewed_bytes = 0
+        return pieces, axis
 
     def check(
         self,
@@ -114,8 +103,8 @@ class Checkpoint:
 
     def close(self) -> None:
         """Lets go of the files; arrays that were read stay valid."""
-        for stored in self._stored.values():
-            stored.file.close()
+        for file in self._files:
+            file.close()
 
     def __enter__(self) -> "Checkpoint":
         return self
@@ -124,115 +113,64 @@ class Checkpoint:
         self.close()
 
 
-def open_checkpoint(source: str | os.PathLike, *, config: OPTConfig | None = None, verify: bool = False) -> Checkpoint:
-    """Opens a local folder, weight file or index; reads headers and config.json only.
+def open_checkpoint(
+    source: str | os.PathLike,
+    *,
+    config: OPTConfig | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    verify: bool = False,
+) -> Checkpoint:
+    """Opens a local folder, weight file or index; reads headers and configs only.
 
     Args:
-        source: a folder with config.json and weights (of several, published safetensors are preferred, then `.bin`), or
-            one weight file or index.
-        config: used instead of config.json.
-        verify: also reads everything once and compares it with the file's checksums, which only `.bin` has.
+        source: a folder with weights (of several, published safetensors are preferred, then `.bin`), or one weight file
+            or index.
+        config: used instead of config.json, or of what the weights say in formats that bring a config of their own.
+        overrides: fields of the config to replace, wherever it came from.
+        verify: also reads everything once and compares it with the file's checksums, which `.bin`, metaseq and
+            TensorFlow's checkpoints have.
 
     Raises:
         CheckpointError: lists what is wrong with the files, or says which files were looked for.
         ConfigError: config.json describes no OPT model.
     """
     path = Path(source)
-    format, weights = _find_weights(path)
-    if config is None:
-        config = read_config(path)
-    if weights.suffix == ".json":
-        files = _open_shards(weights, format, verify)
-    else:
-        files = [_open_file(weights, format, verify)]
-    return Checkpoint(str(path), format, config, files)
-
-
-def _find_weights(path: Path) -> tuple[Format, Path]:
-    if path.is_dir():
-        return weight_files(path)
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(str(path), ["no such file or folder"])
-    return format_of(path), path
+    check_is_published(path if path.is_dir() else path.parent)
+    format, weights = weight_files(path) if path.is_dir() else (format_of(path), path)
+    container = CONTAINERS[format.container]
+    if config is None:
+        config = _published_config(path, weights, container)
+    opened = container.open(weights, format, config.replace(**overrides or {}) if config else None, verify)
+    config = (config or _config_in(opened, weights)).replace(**overrides or {})
+    return Checkpoint(str(path), format_by_names(format, opened.files), config, opened.files)
 
 
-def read_config(source: Path) -> OPTConfig:
-    """The config.json of a folder, or that beside a weight file."""
-    folder = source if source.is_dir() else source.parent
-    if not (folder / CONFIG_NAME).is_file():
-        raise CheckpointError(str(folder), [f"{CONFIG_NAME}: missing; put it beside the weights, or give a config"])
-    return OPTConfig.from_json(folder / CONFIG_NAME)
+def _published_config(source: Path, weights: Path, container: Container) -> OPTConfig | None:
+    """The config.json in the folder that was asked for, or else beside the weights; None where the files give a config.
+
+    KerasHub and CTranslate2 have files of their own by that name.
+    """
+    folders = (source if source.is_dir() else source.parent, weights.parent)
+    for path in dict.fromkeys(folder / CONFIG_NAME for folder in folders):
+        if path.is_file() and (not container.has_config or _PUBLISHED_FIELDS & read_json_object(path).keys()):
+            return OPTConfig.from_json(path)
+    if not container.has_config:
+        raise _missing_config(folders[0])
+    return None
 
 
-def _open_file(path: Path, format: Format, verify: bool) -> MappedFile:
-    if format.container == "torch-zip":
-        return MappedFile(path, torch_zip.read_tensors(path, verify=verify))
-    if format.container == "msgpack":
-        return msgpack_file.open_file(path)
-    if format.container == "h5":
-        return h5_file.open_file(path)
-    header = safetensors_file.read_header(path)
-    framework = header.metadata.get("format", "pt")
-    if framework != format.framework:
-        text = f"expected metadata with format {format.framework!r}, got {framework!r}"
-        raise CheckpointError(str(path), [text])
-    return MappedFile(path, header.tensors)
+def _config_in(opened: Opened, weights: Path) -> OPTConfig:
+    assert opened.config is not None
+    try:
+        return opened.config()
+    except FileNotFoundError:  # the config.json that belongs to the weights
+        raise _missing_config(weights.parent) from None
 
 
-def _open_shards(index: Path, format: Format, verify: bool) -> list[MappedFile]:
-    weight_map = read_index(index, format.suffix, first_may_be_empty=format.framework != "pt")
-    files = [_open_file(index.parent / shard, format, verify) for shard in dict.fromkeys(weight_map.values())]
-    stored = {file.path.name: [without_scope(format, name) for name in file.tensors] for file in files}
-    check_against_shards({without_scope(format, name): shard for name, shard in weight_map.items()}, stored, str(index))
-    return files
-
-
-def _find_weights_in(files: list[MappedFile], format: Format, config: OPTConfig, source: str) -> dict[str, _Stored]:
-    """By canonical name, a tied head left out."""
-    tensors = {stored: (file, tensor) for file in files for stored, tensor in file.tensors.items()}
-    published = {stored: published_of(format, stored) for stored in tensors}
-    stored_of = {name: stored for stored, name in published.items() if name}
-    found, problems = canonical_names(stored_of)
-    problems += [
-        f"{name}: stored twice, as {stored} and as {stored_of[name]}"
-        for stored, name in published.items()
-        if name and stored_of[name] != stored
-    ]
-    problems += [
-        f"{stored[:200]}: not a weight of OPT in {format.name}" for stored, name in published.items() if name is None
-    ]
-    problems += [
-        f"{stored}: expected a dtype of {', '.join(DTYPES)}, got {tensor.dtype}"
-        for stored, (_, tensor) in tensors.items()
-        if tensor.dtype not in DTYPES
-    ]
-    raise_if(CheckpointError, source, problems)
-    weights = {
-        name: _Stored(tensors[stored_of[known]][0], stored_of[known], layout_of(format, name, config), known)
-        for name, known in found.items()
-    }
-    if config.tie_word_embeddings and _HEAD in weights:
-        weights = _without_tied_head(weights, source)
-    return weights
-
-
-def _without_tied_head(weights: dict[str, _Stored], source: str) -> dict[str, _Stored]:
-    head = weights.pop(_HEAD)
-    embedding = weights.setdefault(_EMBEDDING, head)  # safetensors' save_model keeps one name of the two
-    if not _same_values(embedding, head):
-        text = f"{_HEAD}: expected the values of {_EMBEDDING}, to which the config ties it, got others"
-        raise CheckpointError(source, [f"{text}; a config with tie_word_embeddings=false keeps both"])
-    return weights
-
-
-def _same_values(a: _Stored, b: _Stored) -> bool:
-    if a.file is b.file and a.tensor == b.tensor and a.layout == b.layout:
-        return True
-    if (a.tensor.dtype, a.shape) != (b.tensor.dtype, b.shape):
-        return False
-    a_bytes, b_bytes = (stored.read().reshape(-1).view(np.uint8) for stored in (a, b))
-    starts = range(0, a_bytes.size, _COMPARED_BYTES)
-    return all(np.array_equal(a_bytes[i : i + _COMPARED_BYTES], b_bytes[i : i + _COMPARED_BYTES]) for i in starts)
+def _missing_config(folder: Path) -> CheckpointError:
+    return CheckpointError(str(folder), [f"{CONFIG_NAME}: missing; put it beside the weights, or give a config"])
 
 
 def _most_common_dtype(dtypes: dict[str, str]) -> str | None:

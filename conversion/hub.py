@@ -82,8 +82,7 @@ def _fetch_weights(repo_id: str, fetch: Callable[[str], Path]) -> None:
     from huggingface_hub.utils import EntryNotFoundError
 
     tried = []
-    names = {name: f.suffix for f in FORMATS.values() for name in (f.single_name, f.index_name)}
-    for name, suffix in names.items():
+    for name, suffix in _names_on_the_hub().items():
         try:
             path = fetch(name)
         except EntryNotFoundError:
@@ -95,6 +94,12 @@ def _fetch_weights(repo_id: str, fetch: Callable[[str], Path]) -> None:
     raise CheckpointError(
         repo_id, ["no such local file or folder", f"hub: has {CONFIG_NAME}, but none of {', '.join(tried)}"]
     )
+
+
+def _names_on_the_hub() -> dict[str, str]:
+    """The files that weights have in repositories, to the suffix of their shards: the published formats and KerasHub's."""
+    published = {name: f.suffix for f in FORMATS.values() if f.has_shards for name in (f.single_name, f.index_name)}
+    return published | {FORMATS["keras-hub"].single_name: FORMATS["keras-hub"].suffix}
 
 
 def push_folder(

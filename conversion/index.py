@@ -31,7 +31,7 @@ def read_index(path: Path, suffix: str, *, first_may_be_empty: bool = False) -> 
     weight_map = _weight_map(path)
     shards = _unique(weight_map.values())
     problems = [
-        problem for shard in shards for problem in (_name_problems(shard, suffix) or _file_problems(path, shard))
+        problem for shard in shards for problem in (_name_problems(shard, suffix) or file_problems(path, shard))
     ]
     raise_if(CheckpointError, str(path), problems or _numbering_problems(set(shards), first_may_be_empty))
     return weight_map
@@ -86,7 +86,8 @@ def _name_problems(shard, suffix: str) -> list[str]:
     return [] if shard.endswith(suffix) else [f"{shard}: expected a name that ends in {suffix}"]
 
 
-def _file_problems(index: Path, shard: str) -> list[str]:
+def file_problems(index: Path, shard: str) -> list[str]:
+    """What is wrong with a file that should lie beside an index: it is missing, or a link out of the folder."""
     path = index.parent / shard
     if not path.is_file():
         return [f"{shard}: missing, expected beside the index"]

@@ -13,13 +13,14 @@ from typing import IO, BinaryIO
 
 from conversion import keras_h5
 from conversion.hdf5 import H5File
-from conversion.index import _file_problems
+from conversion.index import file_problems, plan_shards
 from conversion.safetensors_file import PlannedTensor
 from opt_core.errors import CheckpointError, ConfigError, raise_if
 from opt_core.json_file import read_json_object
 
 WEIGHTS_NAME = "model.weights.h5"
 INDEX_NAME = "model.weights.json"
+_LARGEST_FILE = 10 * 2**30  # bytes of weights above which KerasHub makes shards
 
 # Names of other times and savers -> today's: roots of Keras 2, a backbone inside OPTCausalLM, private attributes.
 _OLDER_PATHS = (
@@ -68,11 +69,6 @@ def _layer_name(path: str) -> str:
 # -- shards -----------------------------------------------------------------------------------------------------------
 
 
-def shard_name(number: int, total: int) -> str:
-    """The file name of shard `number` from 1: that of the single file when there is one only."""
-    return WEIGHTS_NAME if total == 1 else f"model_{number - 1:05d}.weights.h5"
-
-
 def open_shards(index: Path) -> list[H5File]:
     """Opens every shard of a `model.weights.json`, and compares what they hold with it.
 
@@ -112,7 +108,7 @@ def _stem(index: Path) -> str:
 def _shard_problems(index: Path, file: str) -> list[str]:
     if not re.fullmatch(re.escape(_stem(index)) + r"_\d{5}\.weights\.h5", file):
         return [f"{file[:200]!r}: expected {_stem(index)}_00000.weights.h5 or the like, beside the index"]
-    return _file_problems(index, file)
+    return file_problems(index, file)
 
 
 def _disagreements(groups: dict[str, list[str]], opened: list[H5File]) -> list[str]:
@@ -128,8 +124,24 @@ def _disagreements(groups: dict[str, list[str]], opened: list[H5File]) -> list[s
     return problems
 
 
-def index_of(shards: Mapping[str, Iterable[PlannedTensor]]) -> str:
-    """The text of `model.weights.json`; `shards` is file name to tensors."""
+def write_folder(
+    folder: Path, tensors: Iterable[PlannedTensor], write_tensor: Callable[[IO[bytes], PlannedTensor], None]
+) -> None:
+    """Writes a preset's weights into an empty folder: one file, or shards and their index where KerasHub makes shards.
+
+    `write_tensor` must write exactly `tensor.nbytes` bytes.
+    """
+    shards = plan_shards({tensor: tensor.nbytes for tensor in tensors}, _LARGEST_FILE)
+    is_single = len(shards) == 1
+    names = [WEIGHTS_NAME if is_single else f"model_{number:05d}.weights.h5" for number in range(len(shards))]
+    for name, shard in zip(names, shards, strict=True):
+        with open(folder / name, "wb") as file:
+            write_file(file, shard, write_tensor)
+    if not is_single:
+        (folder / INDEX_NAME).write_text(_index_of(dict(zip(names, shards, strict=True))), encoding="utf-8")
+
+
+def _index_of(shards: Mapping[str, list[PlannedTensor]]) -> str:
     weight_map: dict[str, list[str]] = {}
     for file, tensors in shards.items():
         for tensor in tensors:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from conversion.checkpoint import Checkpoint, open_checkpoint, read_config
+from conversion.checkpoint import Checkpoint, open_checkpoint
 from conversion.hub import resolve
 from opt_core.checks import check_config
 from opt_core.config import DTYPES, OPTConfig
@@ -56,8 +56,7 @@ def open_pretrained(
     )
     if config is not None:
         check_config(config)
-    path = resolve(source, **hub_options)
-    checkpoint = open_checkpoint(path, config=(config or read_config(path)).replace(**overrides))
+    checkpoint = open_checkpoint(resolve(source, **hub_options), config=config, overrides=overrides)
     config = checkpoint.config
     heads = {row.name for row in SCHEMA if len(row.tasks) == 1}
     unused = tuple(name for name in checkpoint.shapes if name in heads and name not in shapes(config, task))

@@ -3,63 +3,143 @@
 A name alone is never believed: a file whose name and content disagree is refused.
 """
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from conversion import safetensors_file
-from conversion.formats import FORMATS, Format
+from conversion import safetensors_file, tensor_bundle, torch_zip
+from conversion.containers import CONTAINERS
+from conversion.formats import FORMATS, Format, published_of
 from conversion.index import index_files
+from conversion.names import canonical_name, is_weight_name
+from conversion.stored import TensorFile
 from opt_core.errors import CheckpointError
 
 _INDEX_SUFFIX = ".index.json"
 _PUBLISHED = ("safetensors", "torch-bin")
-_LONGEST_MAGIC = 16
-_CONTAINERS = {
-    "safetensors": "safetensors",
-    "torch-zip": "a zip as torch.save writes it",
-    "msgpack": "msgpack as Flax writes it",
-    "h5": "HDF5",
-}
+_LONGEST_MAGIC = 32
+_SSTABLE_MAGIC = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"  # the last bytes of a table of LevelDB
+_ORBAX_FILES = ("_METADATA", "_CHECKPOINT_METADATA")
+_CT2_SPEC = b"TransformerDecoderSpec\0"
 
-# File of a checkpoint that is not read (yet) -> what it is.
-_FOREIGN_FILES = {
-    "adapter_model.*": "a LoRA adapter: merge it into its base model first",
-    "*.pt": "metaseq weights, which are not read yet",
-}
+# File of a checkpoint that is not read -> what it is.
+_FOREIGN_FILES = {"adapter_model.*": "a LoRA adapter: merge it into its base model first"}
 
 
 def weight_files(folder: Path) -> tuple[Format, Path]:
-    """The preferred format in a folder, and its single file or its index.
+    """The preferred format in a folder, and its single file, its index, or the folder that it fills.
 
     Raises:
         CheckpointError: no weights, shards without an index, or a single file beside an index.
     """
     others: list[tuple[Format, Path]] = []
-    for single_name, index_name in dict.fromkeys((f.single_name, f.index_name) for f in FORMATS.values()):
-        single, index = folder / single_name, folder / index_name
-        if single.is_file() and index.is_file():
-            text = f"holds both {single.name} and {index.name}: name the one that is meant, or delete the other"
+    for path in _single_files_and_indexes(folder):
+        format = format_of(path)
+        if format.name in _PUBLISHED:
+            return format, path
+        others.append((format, path))
+    if others:
+        return others[0]
+    for name, find in _FINDERS.items():
+        if (place := find(folder)) is not None:
+            return FORMATS[name], place
+    raise CheckpointError(str(folder), _why_there_are_no_weights(folder))
+
+
+def _sharded_formats() -> list[Format]:
+    return [format for format in FORMATS.values() if format.has_shards]
+
+
+def _single_files_and_indexes(folder: Path) -> list[Path]:
+    found = []
+    for single_name, index_name in dict.fromkeys((f.single_name, f.index_name) for f in _sharded_formats()):
+        present = [path for path in (folder / single_name, folder / index_name) if path.is_file()]
+        if len(present) > 1:
+            text = f"holds both {single_name} and {index_name}: name the one that is meant, or delete the other"
             raise CheckpointError(str(folder), [text])
-        if single.is_file() or index.is_file():
-            path = single if single.is_file() else index
-            format = format_of(path)
-            if format.name in _PUBLISHED:
-                return format, path
-            others.append((format, path))
-    if not others:
-        raise CheckpointError(str(folder), _why_there_are_no_weights(folder))
-    return others[0]
+        found += present
+    return found
 
 
 def _why_there_are_no_weights(folder: Path) -> list[str]:
-    names = dict.fromkeys(name for format in FORMATS.values() for name in (format.single_name, format.index_name))
-    problems = [f"no weights: looked for {', '.join(names)}"]
-    for index_name in dict.fromkeys(format.index_name for format in FORMATS.values()):
-        owners = [format for format in FORMATS.values() if format.index_name == index_name]
+    names = dict.fromkeys(name for format in _sharded_formats() for name in (format.single_name, format.index_name))
+    others = (
+        "metaseq's .pt files, an Orbax or TensorFlow checkpoint, a SavedModel, a KerasHub preset, CTranslate2's model"
+    )
+    problems = [f"no weights: looked for {', '.join(names)}, {others}"]
+    for index_name in dict.fromkeys(format.index_name for format in _sharded_formats()):
+        owners = [format for format in _sharded_formats() if format.index_name == index_name]
         if any(owners[0].owns(path.name) for path in folder.iterdir()):
             problems.append(f"{index_name}: missing, though shards of it are there")
     for pattern, what in _FOREIGN_FILES.items():
         problems += [f"{path.name}: {what}" for path in sorted(folder.glob(pattern))[:3]]
     return problems
+
+
+# -- folders that are no single file or index ---------------------------------------------------------------------
+
+
+def _find_orbax(folder: Path) -> Path | None:
+    inner = folder / FORMATS["orbax"].single_name
+    return next((path for path in (inner, folder) if path.is_dir() and _is_orbax(path)), None)
+
+
+def _is_orbax(folder: Path) -> bool:
+    """True for a checkpoint, a step of CheckpointManager, or a folder of steps."""
+    inner = [path for path in folder.iterdir() if path.is_dir()]
+    places = (folder, *inner, *(path / "default" for path in inner))
+    return any((place / name).is_file() for place in places for name in _ORBAX_FILES)
+
+
+def _find_keras_hub(folder: Path) -> Path | None:
+    names = ("model.weights.h5", "model.weights.json")
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _find_saved_model(folder: Path) -> Path | None:
+    path = folder / "variables" / "variables.index"
+    return path if (folder / "saved_model.pb").is_file() and path.is_file() else None
+
+
+def _find_tf_checkpoint(folder: Path) -> Path | None:
+    found = [path for path in sorted(folder.glob("*.index")) if "tensor-bundle" in _containers_of(path)]
+    if len(found) > 1 and (latest := tensor_bundle.latest_index(folder)):
+        return latest
+    if len(found) > 1:
+        text = f"holds several checkpoints, {', '.join(path.name for path in found[:5])}: name the one that is meant"
+        raise CheckpointError(str(folder), [text])
+    return found[0] if found else None
+
+
+def _find_ctranslate2(folder: Path) -> Path | None:
+    path = folder / "model.bin"
+    return path if path.is_file() and "ctranslate2" in _containers_of(path) else None
+
+
+def _find_pt(folder: Path) -> Path | None:
+    found = list(folder.glob("*.pt"))
+    return found[0] if len(found) == 1 and "torch-zip" in _containers_of(found[0]) else None
+
+
+def _find_metaseq(folder: Path) -> Path | None:
+    return folder if any(folder.glob("*.pt")) else None
+
+
+_FINDERS: dict[str, Callable[[Path], Path | None]] = {
+    name: find
+    for name, find in {
+        "orbax": _find_orbax,
+        "saved-model": _find_saved_model,
+        "tf-checkpoint": _find_tf_checkpoint,
+        "keras-hub": _find_keras_hub,
+        "ctranslate2": _find_ctranslate2,
+        "torch-pt": _find_pt,
+        "metaseq": _find_metaseq,
+    }.items()
+    if FORMATS[name].container in CONTAINERS
+}
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
 
 
 def format_of(path: Path) -> Format:
@@ -68,37 +148,64 @@ def format_of(path: Path) -> Format:
     Raises:
         CheckpointError: neither name nor content is known, or they disagree.
     """
-    named = [f for f in FORMATS.values() if path.name.endswith((f.suffix, f.suffix + _INDEX_SUFFIX))]
+    known = [format for format in FORMATS.values() if format.container in CONTAINERS]
+    named = [f for f in known if f.suffix and path.name.endswith((f.suffix, f.suffix + _INDEX_SUFFIX))]
     weights = _first_shard(path, named[0].suffix) if named and path.name.endswith(_INDEX_SUFFIX) else path
-    container = _container_of(weights) if weights.is_file() else None
-    if named and container not in (None, named[0].container):
-        text = f"expected {_CONTAINERS[named[0].container]}, by its name, got {_CONTAINERS[container]}"
-        raise CheckpointError(str(weights), [text])
-    candidates = named or [format for format in FORMATS.values() if format.container == container]
-    if not candidates:
-        suffixes = ", ".join(dict.fromkeys(format.suffix for format in FORMATS.values()))
+    containers = _containers_of(weights) if weights.is_file() else ()
+    candidates = [format for format in named or known if format.container in containers]
+    if named and containers and not candidates:
+        expected, got = (CONTAINERS[name].described for name in (named[0].container, containers[0]))
+        raise CheckpointError(str(weights), [f"expected {expected}, by its name, got {got}"])
+    if not (candidates or named):
+        suffixes = ", ".join(dict.fromkeys(format.suffix for format in known if format.suffix))
         raise CheckpointError(str(path), [f"expected a file that ends in one of {suffixes} (or such an index)"])
-    if container == "safetensors":
+    if "safetensors" in containers:
         framework = safetensors_file.read_header(weights).metadata.get("format", "pt")
         candidates = [format for format in candidates if format.framework == framework] or candidates
-    return candidates[0]
+    return (candidates or named)[0]
+
+
+def format_by_names(format: Format, files: Sequence[TensorFile]) -> Format:
+    """Of the formats in the same files as `format`, the one whose table knows most of the names in them."""
+    names = [name for file in files for name in file.tensors]
+    alike = [it for it in FORMATS.values() if (it.container, it.framework) == (format.container, format.framework)]
+    return max([format, *alike], key=lambda it: sum(_knows(it, name) for name in names))
+
+
+def _knows(format: Format, stored: str) -> bool:
+    names = published_of(format, stored)
+    return bool(names) and all(is_weight_name(canonical_name(name)) for name in names)
 
 
 def _first_shard(index: Path, suffix: str) -> Path:
     return index.parent / min(index_files(index, suffix))
 
 
-def _container_of(path: Path) -> str | None:
-    """The container by its magic; None for what is none of those read, damaged files among them."""
+def _containers_of(path: Path) -> tuple[str, ...]:
+    """The containers that a file may be, by its magic; none for what is not read, damaged files among them."""
     with open(path, "rb") as file:
         magic = file.read(_LONGEST_MAGIC)
+        file.seek(max(0, path.stat().st_size - len(_SSTABLE_MAGIC)))
+        end = file.read()
+    if end == _SSTABLE_MAGIC:
+        return ("tensor-bundle",)
     if magic.startswith(b"PK\x03\x04"):
-        return "torch-zip"
+        return ("torch-zip",) if not path.name.endswith(".pt") or _has_published_names(path) else ("metaseq",)
     if magic.startswith(b"\x89HDF\r\n\x1a\n"):
-        return "h5"
+        return ("keras-h5",) if path.name.endswith(".weights.h5") else ("h5",)
     if magic[8:9] == b"{":
-        return "safetensors"
-    return "msgpack" if _starts_a_map(magic) else None
+        return ("safetensors",)
+    if magic[6:].startswith(_CT2_SPEC):
+        return ("ctranslate2",)
+    return ("msgpack",) if _starts_a_map(magic) else ()
+
+
+def _has_published_names(path: Path) -> bool:
+    """True for a zip that is a plain state dict of published names, as `torch.save(model.state_dict(), path)` writes."""
+    try:
+        return all(is_weight_name(canonical_name(name)) for name in torch_zip.read_tensors(path))
+    except CheckpointError:
+        return False
 
 
 def _starts_a_map(magic: bytes) -> bool:

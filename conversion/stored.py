@@ -9,7 +9,7 @@ import mmap
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -38,6 +38,19 @@ class StoredTensor(NamedTuple):
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+class TensorFile(Protocol):
+    """What a container makes of its files: a table of tensors, and their values one by one."""
+
+    path: Path
+    tensors: dict[str, StoredTensor]
+
+    def read(self, name: str) -> np.ndarray:
+        """The array of one tensor, row-major and writable; writing to it never reaches the file."""
+        ...
+
+    def close(self) -> None: ...
 
 
 class MappedFile:

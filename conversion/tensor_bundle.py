@@ -25,7 +25,7 @@ from conversion.bundle_entry import (
     text_bytes,
     weight_problems,
 )
-from conversion.index import _file_problems
+from conversion.index import file_problems
 from conversion.protobuf_wire import Malformed, bytes_of, message, number_of, values
 from conversion.safetensors_file import ALIGNMENT, PlannedTensor
 from conversion.sstable import read_table, table_bytes
@@ -116,7 +116,7 @@ def _shards(path: Path, header: bytes | None) -> list[Path]:
         got = f"{count}, {'big' if is_big_endian else 'little'}-endian, version {oldest_reader}"
         raise CheckpointError(str(path), [f"{text}, got {got}"])
     shards = [path.with_name(_data_name(path.name.removesuffix(_SUFFIX), number, count)) for number in range(count)]
-    problems = [problem for shard in shards for problem in _file_problems(path, shard.name)]
+    problems = [problem for shard in shards for problem in file_problems(path, shard.name)]
     raise_if(CheckpointError, str(path), problems[:10])
     return shards
 

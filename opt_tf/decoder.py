@@ -69,6 +69,8 @@ class Decoder(Module):
         if config.has_projections:
             self.project_in = Linear(embed_size, hidden_size, bias=False, **init)
         self.layers = [DecoderLayer(config, attn_implementation, dtype) for _ in range(config.num_hidden_layers)]
+        # Keras 3 keeps lists for itself: without this, tf.train.Checkpoint would silently leave out every layer.
+        self._track_trackable(tf.__internal__.tracking.wrap(list(self.layers)), "layers")
         self.final_layer_norm = None
         if config.has_final_layer_norm:
             self.final_layer_norm = LayerNorm(hidden_size, affine=config.layer_norm_elementwise_affine, dtype=dtype)

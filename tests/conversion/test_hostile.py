@@ -34,7 +34,7 @@ def bin_folder(tmp_path):
 @pytest.fixture
 def sharded(tmp_path):
     files = write_checkpoint(tmp_path, CONFIG, TENSORS, max_shard_size="25KB")
-    assert len(files) == 5  # three shards
+    assert sum(path.suffix == ".safetensors" for path in files) == 3
     return tmp_path
 
 
@@ -448,10 +448,9 @@ def test_shards_without_an_index_and_a_single_file_beside_an_index_are_refused(s
 @pytest.mark.parametrize(
     ("file", "what"),
     [
-        ("tf_model.h5", "TensorFlow"),
+        ("tf_model.h5", "Keras"),
         ("flax_model.msgpack", "Flax"),
         ("adapter_model.safetensors", "LoRA"),
-        ("reshard.pt", "metaseq"),
     ],
 )
 def test_a_folder_of_another_format_is_refused_by_name(tmp_path, file, what):

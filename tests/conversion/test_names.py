@@ -81,7 +81,7 @@ def test_a_tied_head_is_dropped_when_it_equals_the_embedding_and_says_nothing_ab
 
 
 def test_a_tied_head_that_differs_in_one_bit_is_refused_with_a_way_out(tmp_path, monkeypatch):
-    monkeypatch.setattr("conversion.checkpoint._COMPARED_BYTES", 1000)  # the last of several pieces differs
+    monkeypatch.setattr("conversion.assembly._COMPARED_BYTES", 1000)  # the last of several pieces differs
     config = config_of()
     tensors = tensors_of(config)
     head = tensors["decoder.embed_tokens.weight"].copy()
