@@ -97,7 +97,7 @@ def _fetch_weights(repo_id: str, fetch: Callable[[str], Path]) -> None:
 
 
 def _names_on_the_hub() -> dict[str, str]:
-    """The files that weights have in repositories, to the suffix of their shards: the published formats and KerasHub's."""
+    """The weight files of repositories, published formats and KerasHub's, to the suffix of their shards."""
     published = {name: f.suffix for f in FORMATS.values() if f.has_shards for name in (f.single_name, f.index_name)}
     return published | {FORMATS["keras-hub"].single_name: FORMATS["keras-hub"].suffix}
 

@@ -201,7 +201,7 @@ def _containers_of(path: Path) -> tuple[str, ...]:
 
 
 def _has_published_names(path: Path) -> bool:
-    """True for a zip that is a plain state dict of published names, as `torch.save(model.state_dict(), path)` writes."""
+    """True for a plain state dict of published names, as `torch.save(model.state_dict(), path)` writes it."""
     try:
         return all(is_weight_name(canonical_name(name)) for name in torch_zip.read_tensors(path))
     except CheckpointError:

@@ -9,7 +9,6 @@ from conversion.layout import block, schema_shape, stored_shape, to_schema, to_s
 from conversion.names import canonical_name
 from opt_core.schema import TASKS, published_name, shapes
 
-
 SIZES = dict(num_labels=5, num_hidden_layers=12, vocab_size=102, ffn_dim=38)
 HELD = [
     pytest.param(format, variant, task, id=f"{format.name}-{variant}-{task}")
