@@ -113,7 +113,7 @@ def test_the_published_layout_is_preferred_to_that_of_flax(tmp_path):
         ("torch-bin", "torch-bin"),
         ("safetensors", "safetensors"),
     ]:
-        path, _ = write_checkpoint(tmp_path / format, config, tensors_of(config), format=format)
+        path, *_ = write_checkpoint(tmp_path / format, config, tensors_of(config), format=format)
         (tmp_path / path.name).write_bytes(path.read_bytes())
         config.to_json(tmp_path)
         with open_checkpoint(tmp_path) as checkpoint:

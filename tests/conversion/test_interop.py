@@ -120,7 +120,7 @@ def test_every_tensor_of_a_bin_is_aligned_even_with_the_fields_of_files_over_4_g
         monkeypatch.setattr(zipfile, "ZIP64_LIMIT", limit)
     config = config_of()
     tensors = tensors_of(config)
-    path, _ = write_checkpoint(tmp_path, config, tensors, format="torch-bin")
+    path, *_ = write_checkpoint(tmp_path, config, tensors, format="torch-bin")
     assert {tensor.offset % 64 for tensor in read_tensors(path, verify=True).values()} == {0}
     state = torch.load(path, weights_only=True, mmap=True)
     assert all(torch.equal(state[name], tensor) for name, tensor in as_published(tensors).items())
