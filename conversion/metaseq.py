@@ -125,24 +125,27 @@ def _part_by_metadata(part: list[_Stored]) -> MappedFile:
 
 
 def _parts_by_config(stored: list[list[_Stored]], config: OPTConfig | None, path: Path) -> list[MappedFile]:
-    if len(stored[0]) > 1:
-        raise CheckpointError(str(path), ["shard_metadata: missing, without which shards cannot be joined"])
     first = stored[0][0]
     if config is None:
-        config = _flat_config(first, len(stored), path)
+        config = _flat_config(stored[0], len(stored), path)
     groups = _flat_groups(first, config, len(stored), path)
-    return [metaseq_flat.cut([part[0].shard], groups, str(part[0].shard.path)) for part in stored]
+    made = []
+    for part in stored:
+        shards = [one.shard for one in part]
+        made.append(metaseq_flat.cut(shards, metaseq_flat.padded(groups, shards), str(shards[0].path)))
+    return made
 
 
-def _flat_config(first: _Stored, parts: int, path: Path) -> OPTConfig:
+def _flat_config(part: list[_Stored], parts: int, path: Path) -> OPTConfig:
     """The config by the settings alone; the vocabulary is what is left of the flat tensor."""
-    smallest = 8 * parts
+    first, smallest = part[0], 8 * parts
     config = config_of_settings(first.settings, {}, parts, str(path), vocab_size=smallest)
     needed = next(group.size for group in _flat_groups(first, config, parts, path) if group.key == ROOT)
-    held = first.shard.tensors[ROOT].shape[0] if ROOT in first.shard.tensors else 0
+    roots = [one.shard.tensors[ROOT].shape for one in part if ROOT in one.shard.tensors]
+    held = sum(shape[0] for shape in roots if len(shape) == 1)
     more, left = divmod(held - needed, config.word_embed_proj_dim)
     vocabulary = smallest + more * parts
-    if left or more < 0 or vocabulary % 8:  # metaseq pads every dictionary to a multiple of 8
+    if left >= len(part) or more < 0 or vocabulary % 8:  # metaseq pads every dictionary to a multiple of 8
         text = f"{ROOT}: expected {needed} elements and a multiple of 8 rows more of {config.word_embed_proj_dim}"
         raise CheckpointError(str(path), [f"{text}, by the settings in cfg, got {held}"])
     return config.replace(vocab_size=vocabulary)

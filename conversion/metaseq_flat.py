@@ -2,9 +2,10 @@
 
 Fully sharded training joins the weights of a group (a layer, or what is in no layer) to one long tensor and cuts it
 into equal shards, the last ones padded. What is in it and in which order says `shard_metadata`; the files of May 2022
-lack it, and the order is that in which the modules were made. Sources: fairscale 0.4.6, `FullyShardedDataParallel`
-(`_get_shard`, `local_metadata_dict`, `consolidate_shard_weights`); metaseq f2cd367 (2022), the constructors of
-`TransformerDecoder`, `TransformerDecoderLayer` and `MultiheadAttention`, and issues #125, #610, #691, #695.
+lack it, as does what `reshard_mp` then wrote, and the order is that in which the modules were made.
+Sources: fairscale 0.4.6, `FullyShardedDataParallel` (`_get_shard`, `local_metadata_dict`, `consolidate_shard_weights`);
+metaseq f2cd367 (2022), the constructors of `TransformerDecoder`, `TransformerDecoderLayer` and `MultiheadAttention`;
+metaseq 13351b2, `scripts/reshard_mp.py`; issues #125, #610, #691, #695.
 """
 
 import itertools
@@ -138,6 +139,19 @@ def groups_of_config(keys: set[str], config: OPTConfig, parts: int, *, joint: bo
         return [Group(ROOT, dict(itertools.chain(first, *layers, last)), (0,))]
     of_layers = [Group(f"decoder.layers.{layer}.{ROOT}", dict(of), (0,)) for layer, of in enumerate(layers)]
     return [Group(ROOT, dict([*first, *last]), (0,)), *of_layers]
+
+
+def padded(groups: list[Group], shards: list[Shard]) -> list[Group]:
+    """With the paddings that the lengths of the shards imply, where they are padded as fairscale would."""
+    return [group._replace(paddings=tuple(_paddings(group, shards))) for group in groups]
+
+
+def _paddings(group: Group, shards: list[Shard]) -> Iterator[int]:
+    lengths = [math.prod(shard.tensors[group.key].shape) if group.key in shard.tensors else 0 for shard in shards]
+    excess = sum(lengths) - group.size
+    is_padded = 0 <= excess < len(shards)
+    for following in range(len(shards))[::-1]:
+        yield min(lengths[0], max(0, excess - following * lengths[0])) if is_padded else 0
 
 
 _Named = list[tuple[str, Shape]]

@@ -184,11 +184,13 @@ def _group_metadata(path: str, tensors: dict[str, torch.Tensor], padding: int) -
 # -- layouts: each saves the files of one checkpoint into a folder ----------------------------------------------------
 
 
-def save_raw(folder, config, truth, parts=1, shards=3, stem="checkpoint_last", **grouping):
-    """Training state of `parts` x `shards` workers."""
+def save_raw(folder, config, truth, parts=1, shards=3, stem="checkpoint_last", has_metadata=True, **grouping):
+    """Training state of `parts` x `shards` workers; without metadata, what the first reshard_mp made of it."""
     for part, named in enumerate(parts_of(truth, config, parts)):
         for shard, saved in enumerate(raw_shards(named, shards, **grouping)):
             state = {"cfg": cfg_of(config, parts), **training_state(), **saved}
+            if not has_metadata:
+                del state["shard_metadata"]
             middle = f"-model_part-{part}" if parts > 1 else ""
             torch.save(state, folder / f"{stem}{middle}-shard{shard}.pt")
 
@@ -290,6 +292,8 @@ LAYOUTS = {
     "raw shards, more than elements of a group's end": (save_raw, dict(shards=5)),
     "raw shards, layers wrapped by three": (save_raw, dict(wrapped=3)),
     "raw, not sharded": (save_raw, dict(shards=1)),
+    "shards without metadata": (save_raw, dict(has_metadata=False)),
+    "shards without metadata, one group": (save_raw, dict(has_metadata=False, per_layer=False, shards=5)),
     "flat": (save_flat, dict(per_layer=False)),
     "flat by layer": (save_flat, {}),
     "unflattened": (save_unflattened, {}),

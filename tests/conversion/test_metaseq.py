@@ -10,7 +10,7 @@ import pytest
 import torch
 from metaseq_files import LAYOUTS, assert_holds, bytes_of
 
-from conversion import metaseq
+from conversion import metaseq, open_checkpoint, write_checkpoint
 from conversion.metaseq_config import cfg_of
 from conversion.safetensors_file import PlannedTensor
 from opt_core.errors import CheckpointError
@@ -126,6 +126,53 @@ def test_equal_places_in_different_groups_are_different_tensors(tmp_path):
     files.save_raw(tmp_path, config, files.truth_of(config))
     (part,) = metaseq.open_parts(tmp_path).parts
     assert len(set(part.tensors.values())) == len(part.tensors)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_opens_as_a_checkpoint(tmp_path, layout, parts):
+    save, options = LAYOUTS[layout]
+    config = files.config_of(parts)
+    truth = files.truth_of(config)
+    save(tmp_path, config, truth, parts, **options)
+    with open_checkpoint(tmp_path) as checkpoint:
+        checkpoint.check()
+        assert (checkpoint.format, checkpoint.task) == ("metaseq", "causal-lm")
+        assert checkpoint.config == config.replace(attention_dropout=0.1, torch_dtype="float16")
+        assert_is(checkpoint, truth)
+
+
+@pytest.mark.parametrize("save", [files.save_restored, files.save_350m, files.save_bare])
+def test_every_single_file_opens_as_a_checkpoint(tmp_path, save):
+    config = files.config_of_350m() if save is files.save_350m else files.config_of()
+    truth = files.truth_of(config)
+    save(tmp_path, config, truth)
+    config.to_json(tmp_path)  # which a state dict alone needs
+    with open_checkpoint(tmp_path) as checkpoint:
+        checkpoint.check()
+        assert_is(checkpoint, truth)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("layout", ["raw shards", "flat by layer"])
+def test_a_checkpoint_is_written_from_another_layout_and_number_of_parts(tmp_path, layout, parts):
+    save, options = LAYOUTS[layout]
+    config = files.config_of(2, vocab_size=8 * 6, ffn_dim=6 * 5)
+    truth = files.truth_of(config)
+    (tmp_path / "a").mkdir()
+    save(tmp_path / "a", config, truth, 2, **options)
+    with open_checkpoint(tmp_path / "a") as source:
+        write_checkpoint(tmp_path / "b", source.config, source, format="metaseq", parts=parts)
+    assert_holds(metaseq.open_parts(tmp_path / "b"), files.parts_of(truth, config, parts))
+    with open_checkpoint(tmp_path / "b") as checkpoint:
+        assert_is(checkpoint, truth)
+
+
+def assert_is(checkpoint, truth: dict[str, torch.Tensor]) -> None:
+    assert checkpoint.shapes.keys() == truth.keys()
+    for name, tensor in truth.items():
+        assert checkpoint.shapes[name] == tuple(tensor.shape), name
+        assert checkpoint.read(name).tobytes() == bytes_of(tensor), name
 
 
 def test_no_framework_is_loaded(tmp_path):

@@ -176,14 +176,29 @@ def test_shards_in_another_order_are_noticed_by_their_padding(tmp_path):
     assert "the shards are not in order" in refusal(tmp_path)
 
 
-def test_shards_without_metadata_are_refused(tmp_path):
+def test_shards_without_metadata_must_have_the_elements_of_their_settings(tmp_path):
     config = files.config_of()
     files.save_raw(tmp_path, config, files.truth_of(config))
     for path in tmp_path.iterdir():
         saved = torch.load(path, weights_only=False)
         del saved["shard_metadata"]
+        flat = saved["model"]["decoder.layers.1.flat_param_0"]
+        saved["model"]["decoder.layers.1.flat_param_0"] = torch.cat([flat, flat[:1]])
         torch.save(saved, path)
-    assert "shard_metadata: missing, without which shards cannot be joined" in refusal(tmp_path)
+    assert "decoder.layers.1.flat_param_0: expected" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["flat_param_0", "decoder.layers.1.flat_param_0"])
+@pytest.mark.parametrize("change", [lambda flat: flat[0], lambda flat: flat[None], lambda flat: flat[:0], lambda _: 7])
+def test_a_flat_tensor_of_other_dimensions_is_refused(tmp_path, key, change):
+    config = files.config_of(2)
+    files.save_flat(tmp_path, config, files.truth_of(config), 2)
+    for path in tmp_path.iterdir():
+        saved = torch.load(path, weights_only=False)
+        saved["model"][key] = change(saved["model"][key])
+        torch.save(saved, path)
+    assert key in refusal(tmp_path)
+    assert key in refusal(tmp_path, config=config)
 
 
 def test_named_tensors_in_several_shards_are_refused(tmp_path):
