@@ -17,7 +17,7 @@ from opt_core.checks import (
     check_keywords,
 )
 from opt_core.config import OPTConfig
-from opt_core.errors import ProblemsError
+from opt_core.errors import InputError, ProblemsError
 from opt_core.outputs import BaseModelOutput
 from opt_tf.cache import Cache, init_cache
 from opt_tf.decoder import Decoder
@@ -220,6 +220,14 @@ class TFOPTPreTrainedModel(LoadingMixin, keras.Model):
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
         out = self(x, training=False, use_cache=False)
         return {name: value for name, value in out._asdict().items() if name != "loss" and value is not None}
+
+    def export(self, filepath, format: str = "tf_saved_model", *, overwrite: bool = False) -> None:
+        """Writes a SavedModel to be served without this package; see `opt_tf.saved_model.save_saved_model`."""
+        from opt_tf.saved_model import save_saved_model
+
+        if format != "tf_saved_model":
+            raise InputError("export", [f"format: expected tf_saved_model, got {format!r}"])
+        save_saved_model(self, filepath, overwrite=overwrite)
 
     def get_config(self) -> dict:
         return {

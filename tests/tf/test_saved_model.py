@@ -11,6 +11,7 @@ from harness import MASKS, config_of, mask_named, token_ids
 
 from conversion.tensor_bundle import open_file
 from opt_core import OPTConfig
+from opt_core.errors import InputError
 from opt_core.schema import published_name, shapes
 from opt_tf import (
     TFOPTForCausalLM,
@@ -184,3 +185,14 @@ def test_a_save_that_fails_leaves_nothing_behind(small, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         save_saved_model(small, tmp_path / "model")
     assert entries(tmp_path) == set()
+
+
+def test_keras_export_writes_the_same_and_refuses_other_formats(tmp_path):
+    model = TFOPTForCausalLM(config_of())
+    with pytest.raises(InputError, match="tf_saved_model"):
+        model.export(tmp_path / "model", format="onnx")
+    assert not (tmp_path / "model").exists()
+    model.export(tmp_path / "model")
+    ids = token_ids(model.config)
+    got = serving(tmp_path / "model")(ids, np.ones_like(ids))["logits"]
+    np.testing.assert_allclose(got, model(ids).logits, rtol=1e-5, atol=1e-6)
