@@ -141,12 +141,7 @@ class _Reader:
         return self.take(1)[0]
 
     def number(self) -> int:
-        value = shift = 0
-        while (byte := self.byte()) & 0x80:
-            value, shift = value | (byte & 0x7F) << shift, shift + 7
-            if shift > 63:
-                raise ValueError("expected a number of 64 bits")
-        return value | byte << shift
+        return self.column(1)[0]
 
     def count(self, largest: int) -> int:
         value = self.number()
@@ -155,7 +150,22 @@ class _Reader:
         return value
 
     def column(self, count: int) -> list[int]:
-        return [self.number() for _ in range(count)]
+        """Numbers in bytes of seven bits, of which the eighth says that more follow."""
+        data, position, found = self._data, self._position, []
+        try:
+            for _ in range(count):
+                byte, shift = data[position], 7
+                value, position = byte & 0x7F, position + 1
+                while byte & 0x80:
+                    byte, position = data[position], position + 1
+                    value, shift = value | (byte & 0x7F) << shift, shift + 7
+                    if shift > 70:
+                        raise ValueError("expected a number of 64 bits")
+                found.append(value)
+        except IndexError:
+            raise ValueError("a truncated node") from None
+        self._position = position
+        return found
 
     def texts(self, prefixes: list[int], suffixes: list[int]) -> list[bytes]:
         """Texts of which each shares a prefix with the one before."""

@@ -825,9 +825,10 @@ def varint(number: int) -> bytes:
     return bytes([low | 0x80]) + varint(rest) if rest else bytes([low])
 
 
-def node(height: int, files: list[str], body: bytes, count: int) -> bytes:
+def node(height: int, files: list[str], body: bytes, count: int, base: int = 0) -> bytes:
+    """A node; what its files name is relative to the first `base` characters of their paths."""
     table = varint(len(files)) + b"\0" * (len(files) - 1)  # no prefix is shared
-    table += b"".join(varint(len(file)) for file in files) + b"\0" * len(files) + "".join(files).encode()
+    table += b"".join(varint(len(file)) for file in files) + varint(base) * len(files) + "".join(files).encode()
     payload = b"\0\0" + bytes([height]) + table + varint(count) + body
     whole = struct.pack(">I", 0x0CDB20DE) + struct.pack("<Q", 16 + len(payload)) + payload
     return whole + struct.pack("<I", crc32c.extend(0, whole))
@@ -853,13 +854,13 @@ def leaf(entries: dict[str, tuple[str, int, int]]) -> bytes:
     return node(0, files, body + b"".join(varint(offset) for _, offset, _ in places), len(keys))
 
 
-def inner(height: int, children: list[tuple[bytes, str, int, int]]) -> bytes:
+def inner(height: int, children: list[tuple[bytes, str, int, int]], base: int = 0) -> bytes:
     keys, files = [child[0] for child in children], sorted({child[1] for child in children})
     body = keys_of(keys) + b"".join(varint(len(key)) for key in keys) + b"".join(keys)
     body += b"".join(varint(files.index(file)) for _, file, _, _ in children)
     for column in (2, 3):
         body += b"".join(varint(child[column]) for child in children)
-    return node(height, files, body + b"\1" * 3 * len(children), len(children))
+    return node(height, files, body + b"\1" * 3 * len(children), len(children), base)
 
 
 def with_root(path: Path, data: bytes, height: int = 0, name: str = "root") -> None:
@@ -889,6 +890,20 @@ def test_the_trees_of_these_tests_are_good(copy):
     (path / "low").write_bytes(leaf({key.removeprefix("bias/"): place for key, place in entries.items()}))
     with_root(path, inner(1, [(b"bias/", "low", 0, (path / "low").stat().st_size)]), height=1)
     assert_holds(path, {"bias": np.arange(2, 9, dtype=np.float32)})
+
+
+def test_files_are_relative_to_the_base_of_the_node_that_names_them(copy):
+    path = copy("ours")
+    entries = one_array(path)
+    (path / "a" / "b").mkdir(parents=True)
+    for name in ("array", "chunk"):
+        (path / name).rename(path / "a" / "b" / name)
+    low = leaf({key.removeprefix("bias/"): place for key, place in entries.items()})
+    (path / "a" / "b" / "low").write_bytes(low)
+    middle = inner(1, [(b"/", "b/low", 0, len(low))], base=2)
+    (path / "a" / "middle").write_bytes(middle)
+    with_root(path, inner(2, [(b"bias", "a/middle", 0, len(middle))], base=2), height=2)
+    assert_holds(path, {"bias": np.arange(7, dtype=np.float32)})
 
 
 @pytest.mark.parametrize(
@@ -956,14 +971,14 @@ def test_keys_that_grow_from_node_to_node_are_refused(copy):
 
 def test_nodes_that_are_small_but_unpack_to_much_together_are_refused(copy, monkeypatch):
     path = copy("ours")
-    low = shared([b"%07d" % number for number in range(50_000)], [0] * 50_000)
+    low = shared([b"%07d" % number for number in range(20_000)], [0] * 20_000)
     (path / "low").write_bytes(low)
     with_root(path, inner(1, [(bytes([97 + number]), "low", 0, len(low)) for number in range(2)]), height=1)
-    assert len(chunk_store.open_store(path).values) == 100_000
-    monkeypatch.setattr(ocdbt, "_MAX_KEYS", 70_000)
-    assert "expected at most 70000 keys, each once" in refusal(path)
-    monkeypatch.setattr(ocdbt, "_MAX_NODE_BYTES", 700_000)
-    assert "700000 bytes of them together" in refusal(path)
+    assert len(chunk_store.open_store(path).values) == 40_000
+    monkeypatch.setattr(ocdbt, "_MAX_KEYS", 30_000)
+    assert "expected at most 30000 keys, each once" in refusal(path)
+    monkeypatch.setattr(ocdbt, "_MAX_NODE_BYTES", 300_000)
+    assert "300000 bytes of them together" in refusal(path)
 
 
 @pytest.mark.parametrize(("node_bytes", "inline"), [(200, 0), (2000, 100), (10**8, 1024)])
@@ -1040,10 +1055,11 @@ def test_reading_and_writing_import_neither_jax_nor_orbax(good, tmp_path):
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
 
-def test_without_tensorstore_the_error_says_what_to_install(good, tmp_path):
+@pytest.mark.parametrize("form", ["ocdbt", "zarr"])
+def test_without_tensorstore_the_error_says_what_to_install(good, form):
     done = run(
         "import sys; sys.modules['tensorstore'] = None; from pathlib import Path; from conversion import orbax_folder\n"
-        f"try: orbax_folder.open_folder(Path({str(good['ocdbt'])!r}))\n"
+        f"try: orbax_folder.open_folder(Path({str(good[form])!r}))\n"
         "except ImportError as error: print(type(error).__name__, error)"
     )
     assert "MissingFrameworkError" in done.stdout
