@@ -37,8 +37,10 @@ def files_of(path: Path) -> list[list[Path]]:
     Raises:
         CheckpointError: names the numbers that are missing or there twice, or the sets of a folder that has several.
     """
+    if not path.is_dir() and not path.is_file():  # a pipe, at which reading would wait
+        raise CheckpointError(str(path), ["expected a file or a folder"])
     folder = path if path.is_dir() else path.parent
-    names = {file: _name(file.name) for file in sorted(folder.glob("*.pt"))}
+    names = {file: _name(file.name) for file in sorted(folder.glob("*.pt")) if file.is_file()}
     if path.is_dir():
         return _set_of_folder(folder, names)
     name = _name(path.name)

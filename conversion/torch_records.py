@@ -156,8 +156,8 @@ class _Unpickler(Unpickler):
             return factory
         if factory is _Bag:
             return arguments[0] if arguments and isinstance(arguments[0], list) else _Bag()
-        if isinstance(factory, type):
-            return factory()
+        if isinstance(factory, type):  # none of them is ever made of something by those who save it
+            return Inert(f"{factory.__name__.lstrip('_')}: made of what is not read") if arguments else factory()
         try:
             return factory(*arguments)
         except Refused as error:  # a tensor that could not be read, which need not be

@@ -268,6 +268,16 @@ def test_omegaconf_takes_the_settings_that_are_written(tmp_path):
     assert cfg.common.model_parallel_size == cfg.model.model_parallel_size == 2
 
 
+@pytest.mark.parametrize(("joint", "arch"), [(True, "transformer_lm_megatron"), (False, "transformer_lm")])
+def test_the_class_that_is_named_has_the_tensors_that_are_written(tmp_path, joint, arch):
+    config = files.config_of()
+    (named,) = files.parts_of(files.truth_of(config), config, 1, joint=joint)
+    write(tmp_path / "x.pt", named, cfg_of(config))
+    model = torch.load(tmp_path / "x.pt", weights_only=False)["cfg"]["model"]
+    assert (model.arch, model._name) == (arch, arch)
+    assert metaseq.config_of(metaseq.open_parts(tmp_path)) == config
+
+
 def test_equal_weights_give_equal_files(tmp_path):
     config = files.config_of()
     (named,) = files.parts_of(files.truth_of(config), config, 1)

@@ -65,6 +65,19 @@ def test_a_number_that_is_there_twice_is_named_with_both_files(tmp_path):
     )
 
 
+@pytest.mark.parametrize("put", [os.mkfifo, os.mkdir, lambda path: os.symlink("nowhere", path)])
+def test_what_is_no_file_is_named_and_not_waited_for(tmp_path, put):
+    config = files.config_of()
+    files.save_raw(tmp_path, config, files.truth_of(config))
+    path = tmp_path / "checkpoint_last-shard1.pt"
+    path.unlink()
+    put(path)
+    assert "checkpoint_last-shard1.pt: missing" in refusal(tmp_path)
+    assert "checkpoint_last-shard1.pt: missing" in refusal(tmp_path / "checkpoint_last-shard0.pt")
+    if not path.is_dir():
+        assert "expected a file or a folder" in refusal(path)
+
+
 def test_a_number_far_too_high_does_not_make_a_long_list(tmp_path):
     config = files.config_of(2)
     files.save_unflattened(tmp_path, config, files.truth_of(config), 2)

@@ -136,6 +136,13 @@ def test_keys_that_are_no_text_are_refused_where_they_are_used(key):
     assert problems == ["x.a: expected text for a key, got int"]
 
 
+def test_what_is_made_of_arguments_is_not_half_read():
+    made = b"ccollections\nOrderedDict\n]]X\x01\x00\x00\x00aaK\x01aa\x85R"  # as Python 2 pickled it
+    problems: list[str] = []
+    torch_records.plain(torch_records.loads(b"\x80\x02" + made + b".").content, "x", problems)
+    assert problems == ["x: Record: made of what is not read"]
+
+
 def test_one_list_in_two_places_is_one_and_a_list_within_itself_ends():
     shared = [1]
     made = read({"a": shared, "b": shared})
