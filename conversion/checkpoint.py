@@ -135,7 +135,7 @@ def open_checkpoint(
         ConfigError: config.json describes no OPT model.
     """
     path = Path(source)
-    if not path.exists():
+    if not (path.is_dir() or path.is_file()):
         raise CheckpointError(str(path), ["no such file or folder"])
     check_is_published(path if path.is_dir() else path.parent)
     format, weights = weight_files(path) if path.is_dir() else (format_of(path), path)

@@ -121,7 +121,7 @@ def _find_pt(folder: Path) -> Path | None:
 
 
 def _find_metaseq(folder: Path) -> Path | None:
-    return folder if any(folder.glob("*.pt")) else None
+    return folder if any(path.is_file() for path in folder.glob("*.pt")) else None
 
 
 _FINDERS: dict[str, Callable[[Path], Path | None]] = {
@@ -183,6 +183,8 @@ def _first_shard(index: Path, suffix: str) -> Path:
 
 def _containers_of(path: Path) -> tuple[str, ...]:
     """The containers that a file may be, by its magic; none for what is not read, damaged files among them."""
+    if not path.is_file():  # of a pipe, the first bytes might never come
+        return ()
     with open(path, "rb") as file:
         magic = file.read(_LONGEST_MAGIC)
         file.seek(max(0, path.stat().st_size - len(_SSTABLE_MAGIC)))

@@ -9,6 +9,8 @@ import numpy as np
 from checkpoints import config_of, tensors_of
 
 from conversion import write_checkpoint
+from hostile import bases_by_hand
+from hostile.bases_by_hand import METASEQ
 
 CONFIG = config_of()
 TENSORS = tensors_of(CONFIG)
@@ -18,12 +20,15 @@ def write(folder: Path, format: str, tensors=TENSORS, config=CONFIG, **options) 
     write_checkpoint(folder, config, tensors, format=format, **options)
 
 
-BASES: dict[str, Callable[[Path], None]] = {
+BASES: dict[str, Callable[..., None]] = {
     **{
         f"{format}{sharded}": partial(write, format=format, **options)
         for format in ("safetensors", "torch-bin", "flax-msgpack", "flax-safetensors", "tf-h5", "tf-safetensors")
         for sharded, options in (("", {}), (" in shards", dict(max_shard_size="25KB")))
     },
+    **{format: partial(write, format=format) for format in ("orbax", "tf-checkpoint", "keras-hub")},
+    "metaseq": partial(write, format="metaseq", config=METASEQ, tensors=tensors_of(METASEQ), parts=2),
+    **bases_by_hand.BASES,
 }
 
 
@@ -45,8 +50,8 @@ def weight_file(folder: Path) -> Path:
     return max(weight_files(folder), key=lambda path: path.stat().st_size)
 
 
-def with_value(value: float, name: str = "decoder.layers.1.fc1.weight") -> dict[str, np.ndarray]:
+def with_value(tensors: dict[str, np.ndarray], value: float, name: str) -> dict[str, np.ndarray]:
     """The weights, with one element of one of them replaced."""
-    array = TENSORS[name].copy()
+    array = tensors[name].copy()
     array.flat[array.size // 2] = value
-    return {**TENSORS, name: array}
+    return {**tensors, name: array}

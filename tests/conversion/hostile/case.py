@@ -32,7 +32,6 @@ class Case(NamedTuple):
     says: str  # a regular expression: what it must say was expected or found
     opening: Mapping[str, Any] = MappingProxyType({})  # arguments of `open_checkpoint`
     writing: Mapping[str, Any] = MappingProxyType({})  # arguments of `write_checkpoint`
-    is_warning: bool = False  # it is read, and what is said is said in a warning
     open_fault: str = ""  # why it is not refused as it should be; must be empty once it is
 
     @property

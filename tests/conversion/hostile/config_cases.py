@@ -10,6 +10,7 @@ from hostile.case import Case, cases
 
 FILE = "config.json"
 FORMATS = ("safetensors", "torch-bin", "flax-msgpack", "flax-safetensors", "tf-h5", "tf-safetensors")
+WITH_PUBLISHED_CONFIG = ("orbax", "tf-checkpoint", "saved-model")
 NAME = "decoder.layers.1.fc1"
 
 
@@ -216,7 +217,7 @@ def folder_for_config(folder: Path) -> None:
 
 
 CASES: list[Case] = [
-    *(case for format in FORMATS for case in cases(format, 6, OTHER_MODELS)),
+    *(case for format in (*FORMATS, *WITH_PUBLISHED_CONFIG) for case in cases(format, 6, OTHER_MODELS)),
     *(case for format in ("safetensors", "torch-bin", "tf-h5", "flax-msgpack") for case in cases(format, 6, ALWAYS_ON)),
     *cases("safetensors", 6, TENSOR_SETS),
     *cases("safetensors", 10, [(id, field(name, value), name, "expected|OPT has") for id, name, value in VALUES]),

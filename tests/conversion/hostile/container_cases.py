@@ -26,6 +26,16 @@ SINGLE = {
     "tf-h5": "tf_model.h5",
     "tf-safetensors": "model.safetensors",
 }
+OTHERS = {
+    "metaseq resharded": "reshard-model_part-0.pt",
+    "metaseq-singleton 350m": "reshard.pt",
+    "metaseq-singleton restored": "restored.pt",
+    "tf-checkpoint": "ckpt-1.data-00000-of-00001",
+    "saved-model": "variables.data-00000-of-00001",
+    "keras-hub": "model.weights.h5",
+    "ctranslate2": "model.bin",
+}
+ABSENT = "looked for|missing, expected"
 
 
 def holding(data: bytes) -> Callable[[Path], None]:
@@ -58,33 +68,46 @@ def adapter(path: Path) -> None:
     path.with_name("adapter_model.safetensors").write_bytes(b"x")
 
 
-def _of_one_file(base: str, file: str) -> Iterator[tuple]:
+def _contents(base: str, file: str) -> Iterator[tuple]:
+    unknown = ("no weights", "CTranslate2's model") if base == "ctranslate2" else None  # which its content alone tells
+    file = "data file 0" if ".data-" in file else file
     noise = np.random.default_rng(11).bytes(5000)
     told_apart = r"expected|truncated|damaged|not valid JSON"
-    for id, data in {
+    whole = {
         "an empty file": b"",
         "a web page": b"<!DOCTYPE html><html>",
         "a pointer of Git LFS": POINTER,
         "noise": noise,
         "zeros": bytes(5000),
         "text": b"{}",
-    }.items():
-        yield id, holding(data), file, told_apart
+    }
+    for id, data in whole.items():
+        yield id, holding(data), *(unknown or (file, told_apart))
     for id, data in SIGNATURES.items():
         own = {"safetensors": "safetensors", "msgpack": "flax-msgpack"}.get(id) == base  # then it is whole, but empty
-        expected = ("decoder.layers.0.fc1.bias", "missing, expected") if own else (file, told_apart)
+        expected = ("decoder.layers.0.fc1.bias", "missing, expected") if own else unknown or (file, told_apart)
         yield f"the signature of {id} alone", holding(data), *expected
-    for id, cut in {"cut after 9 bytes": 9, "cut after 1000 bytes": 1000}.items():
-        yield id, changed(lambda data, cut=cut: data[:cut]), file, r"truncated|damaged|expected"
+    yield "cut after 9 bytes", changed(lambda data: data[:9]), *(unknown or (file, told_apart))
+    yield "cut after 1000 bytes", changed(lambda data: data[:1000]), file, "truncated|damaged|expected"
     yield "cut in half", changed(lambda data: data[: len(data) // 2]), file, "truncated|damaged"
     yield "the last byte cut off", changed(lambda data: data[:-1]), file, "truncated|damaged"
-    yield "a folder in its place", replaced_by(Path.mkdir), file, "looked for"
-    yield "no weights", replaced_by(lambda path: None), file, "looked for"
-    yield "a pipe, at which reading would wait", replaced_by(os.mkfifo), file, "looked for"
-    yield "an endless device", replaced_by(lambda path: path.symlink_to("/dev/zero")), file, "looked for"
-    yield "the weights of an adapter", replaced_by(adapter), "adapter_model.safetensors", "a LoRA adapter: merge it"
-    yield "a link to nothing", replaced_by(lambda path: path.symlink_to("nothing")), file, "looked for"
-    yield "a link to itself", replaced_by(lambda path: path.symlink_to(path.name)), file, "looked for"
+
+
+NO_FILES = {
+    "no weights": replaced_by(lambda path: None),
+    "a folder in its place": replaced_by(Path.mkdir),
+    "a pipe, at which reading would wait": replaced_by(os.mkfifo),
+    "an endless device": replaced_by(lambda path: path.symlink_to("/dev/zero")),
+    "a link to nothing": replaced_by(lambda path: path.symlink_to("nothing")),
+    "a link to itself": replaced_by(lambda path: path.symlink_to(path.name)),
+    "the weights of an adapter": replaced_by(adapter),
+}
+
+
+def _absent(base: str, file: str) -> Iterator[tuple]:
+    for id, damage in NO_FILES.items():
+        says = "a LoRA adapter: merge it" if "adapter" in id and ".data-" not in file else ABSENT
+        yield id, damage, file if ".data-" in file else "no weights", says
 
 
 def _of_another_format(base: str, file: str) -> Iterator[tuple]:
@@ -113,8 +136,11 @@ def _taken_from(base: str) -> Callable[[Path], None]:
 
 
 CASES: list[Case] = [
-    case
-    for base, file in SINGLE.items()
-    if base in ("safetensors", "torch-bin", "flax-msgpack", "tf-h5")  # the others share the first one's container
-    for case in cases(base, 1, [*_of_one_file(base, file), *_of_another_format(base, file)])
+    *(
+        case
+        for base, file in SINGLE.items()
+        if base in ("safetensors", "torch-bin", "flax-msgpack", "tf-h5")  # the others share the first one's container
+        for case in cases(base, 1, [*_contents(base, file), *_absent(base, file), *_of_another_format(base, file)])
+    ),
+    *(case for base, file in OTHERS.items() for case in cases(base, 1, [*_contents(base, file), *_absent(base, file)])),
 ]

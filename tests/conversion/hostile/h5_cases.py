@@ -25,7 +25,7 @@ def opened(change: Callable[[h5py.File], object], file: str = FILE) -> Callable[
     return damage
 
 
-def linked(link: object, place: str = KERNEL) -> Callable[[Path], None]:
+def linked(link: object, place: str = KERNEL, file: str = FILE) -> Callable[[Path], None]:
     """Puts a link in the place of an object."""
 
     def change(h5: h5py.File) -> None:
@@ -33,7 +33,7 @@ def linked(link: object, place: str = KERNEL) -> Callable[[Path], None]:
             del h5[place]
         h5[place] = h5[link] if isinstance(link, str) else link
 
-    return opened(change)
+    return opened(change, file)
 
 
 def dataset(place: str = KERNEL, file: str = FILE, **options) -> Callable[[Path], None]:
@@ -71,7 +71,7 @@ def with_list(names, group: str = "/", attribute: str = "layer_names") -> Callab
     return opened(change)
 
 
-def with_more(name: str, value, is_listed: bool = False) -> Callable[[Path], None]:
+def with_more(name: str, value, is_listed: bool = False, file: str = FILE) -> Callable[[Path], None]:
     """Adds an object, as a layer of its own if it is listed."""
 
     def change(h5: h5py.File) -> None:
@@ -79,7 +79,7 @@ def with_more(name: str, value, is_listed: bool = False) -> Callable[[Path], Non
         if is_listed:
             h5.attrs["layer_names"] = ["model", name]
 
-    return opened(change)
+    return opened(change, file)
 
 
 def group_with_settings(h5: h5py.File) -> None:

@@ -1,45 +1,69 @@
-"""Values that are no weights, in files that are sound: NaN, infinities, and what a narrower dtype cannot hold."""
+"""Values that are no weights, in sound files: NaN, infinities, zeros, and what a narrower dtype cannot hold."""
 
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from conversion import write_checkpoint
-from hostile.bases import with_value, write
+from hostile.bases import BASES, TENSORS, with_value
 from hostile.case import Case, cases
+from hostile.metaseq_cases import NORM, PART, changed_tensor
 
-FORMATS = ("safetensors", "torch-bin", "flax-msgpack", "flax-safetensors", "tf-h5", "tf-safetensors")
+FORMATS = (
+    "safetensors", "torch-bin", "flax-msgpack", "flax-safetensors", "tf-h5", "tf-safetensors", "metaseq", "orbax",
+    "tf-checkpoint", "keras-hub",
+)  # fmt: skip
 NAME = "decoder.layers.1.fc1.weight"
+BIAS = "decoder.layers.2.fc2.bias"
 
 
-def holding(value: float, name: str = NAME) -> Callable[[Path, str], None]:
-    """Writes the checkpoint again, with one value in it."""
-    return lambda folder, format: write(folder, format, with_value(value, name), overwrite=True, allow_nonfinite=True)
+def rewritten(base: str, change: Callable[[dict], dict]) -> Callable[[Path], None]:
+    """Writes the checkpoint again, with other values."""
+
+    def damage(folder: Path) -> None:
+        tensors = BASES[base].keywords.get("tensors", TENSORS)
+        BASES[base](folder, tensors=change(tensors), overwrite=True, allow_nonfinite=True)
+
+    return damage
 
 
-def of(format: str, write_value: Callable[[Path, str], None]) -> Callable[[Path], None]:
-    return lambda folder: write_value(folder, format)
+def holding(base: str, value: float, name: str = NAME) -> Callable[[Path], None]:
+    return rewritten(base, lambda tensors: with_value(tensors, value, name))
 
 
-VALUES = [
-    ("NaN", holding(np.nan), NAME, "finite"),
-    ("an infinity", holding(np.inf), NAME, "finite"),
-    ("minus infinity in a bias", holding(-np.inf, "decoder.layers.2.fc2.bias"), "decoder.layers.2.fc2.bias", "finite"),
-]
-TOO_LARGE = ("a value that float16 cannot hold", holding(-7e4), NAME, "its largest magnitude 70000 overflows float16")
+def zeros(tensors: dict) -> dict:
+    return {**tensors, NAME: np.zeros_like(tensors[NAME])}
+
+
 CASES: list[Case] = [
     *(
         case
-        for format in FORMATS
-        for case in cases(format, 7, [(id, of(format, change), names, says) for id, change, names, says in VALUES])
+        for base in FORMATS
+        for case in cases(
+            base,
+            7,
+            [
+                ("NaN", holding(base, np.nan), NAME, "finite"),
+                ("an infinity", holding(base, np.inf), NAME, "finite"),
+                ("minus infinity in a bias", holding(base, -np.inf, BIAS), BIAS, "finite"),
+            ],
+        )
     ),
     *(
-        Case(id, format, 7, of(format, change), names, says, writing=dict(dtype="float16"))
-        for format in FORMATS
-        for id, change, names, says in [TOO_LARGE]
+        Case(
+            "a value that float16 cannot hold",
+            base,
+            7,
+            holding(base, -7e4),
+            NAME,
+            "its largest magnitude 70000 overflows float16",
+            writing=dict(dtype="float16"),
+        )
+        for base in FORMATS
     ),
 ]
-if "allow_nonfinite" not in inspect.signature(write_checkpoint).parameters:
-    CASES.clear()
+WARNINGS: list[Case] = [
+    *(Case("a matrix of zeros", base, 7, rewritten(base, zeros), NAME, "zeros alone") for base in FORMATS),
+    Case("copies that differ a little", "metaseq unflattened", 5,
+         changed_tensor(NORM, lambda values: values + 1e-5, PART.format(1)), NORM, "largest difference"),
+]  # fmt: skip
