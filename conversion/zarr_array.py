@@ -19,7 +19,7 @@ from opt_core.json_file import unique_keys
 METADATA_KEYS = {2: ".zarray", 3: "zarr.json"}
 _MAX_METADATA_BYTES = 1 << 16
 _MAX_COMPRESSION = 1000  # bytes declared for one stored; of weights not even two
-_SMALL_BYTES = 1 << 20  # of chunks that may be compressed more, such as those of a new norm
+_SMALL_BYTES = 1 << 20  # of arrays that may be compressed more, such as those of a new norm
 _SHORTEST_BLOCKS = 16  # of compressed blocks that stand for a full one, where the encoder splits them
 _DTYPES_2 = {DTYPES[name].str: name for name in ("float64", "float32", "float16")} | {"bfloat16": "bfloat16"}
 _INDEX = struct.Struct("<QQI")  # of a shard with one chunk: offset, length, CRC-32C
@@ -171,21 +171,16 @@ def _text(value) -> str:
 
 def chunks_problem(store: ChunkStore, name: str, array: ZarrArray) -> str | None:
     """What is wrong with the number or the sizes of an array's chunks; reads none of them."""
+    count, stored = math.prod(array.chunk_counts), 0
     for key in (f"{name}/{key}" for key in array.chunk_keys()):
         if key not in store.values:
-            expected = math.prod(array.chunk_counts)
-            return f"{key}: missing, one of {expected} chunks of {array.shape}; it would be read as zeros"
-        if problem := _size_problem(store, key, array):
-            return problem
-    return None
-
-
-def _size_problem(store: ChunkStore, key: str, array: ZarrArray) -> str | None:
-    length = store.values[key].length - (_INDEX.size if array.is_sharded else 0)
-    if not array.is_compressed and length != array.chunk_bytes:
-        return f"{key}: expected {array.chunk_bytes} bytes for {array.dtype} {array.chunk}, got {length}"
-    if array.chunk_bytes > max(_MAX_COMPRESSION * length, _SMALL_BYTES):
-        return f"{key}: expected at least one byte for {_MAX_COMPRESSION} of {array.chunk}, got {length} bytes"
+            return f"{key}: missing, one of {count} chunks of {array.shape}; it would be read as zeros"
+        length = store.values[key].length - (_INDEX.size if array.is_sharded else 0)
+        if not array.is_compressed and length != array.chunk_bytes:
+            return f"{key}: expected {array.chunk_bytes} bytes for {array.dtype} {array.chunk}, got {length}"
+        stored += length
+    if count * array.chunk_bytes > max(_MAX_COMPRESSION * stored, _SMALL_BYTES):
+        return f"expected at least one byte for {_MAX_COMPRESSION} of {array.dtype} {array.shape}, got {stored} bytes"
     return None
 
 

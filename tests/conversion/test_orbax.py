@@ -492,6 +492,18 @@ def test_a_chunk_that_unpacks_to_gigabytes_is_refused_before(copy, form):
     assert f"expected {declared} bytes for float32 (53, 97)" in refusal(path, read="big.kernel")
 
 
+def test_many_chunks_of_few_bytes_are_refused_as_one_is(copy):
+    path = copy("ocdbt")
+    frame, entries = (
+        repeated(1 << 17, 1 << 20, blocks=8),
+        one_array(path, shape=[3 << 18], chunks=[1 << 18], compressor={"id": "zstd"}),
+    )
+    (path / "chunk").write_bytes(frame * 3)
+    entries |= {f"bias/{number}": ("chunk", number * len(frame), len(frame)) for number in range(3)}
+    with_root(path, leaf(entries))
+    assert f"one byte for 1000 of float32 (786432,), got {3 * len(frame)} bytes" in refusal(path)
+
+
 def test_the_bomb_of_these_tests_is_a_good_frame(copy):
     path = copy("ocdbt")
     set_value(path, chunk_key("ocdbt"), repeated(4 * 53 * 97, 4 * 53 * 97, blocks=1))
