@@ -37,10 +37,8 @@ def nested(tensors: dict[str, np.ndarray], task: str = "causal-lm") -> dict:
     return tree
 
 
-def packed_array(array, code: int = 1, dtype: str | None = None, data: bytes | None = None) -> msgpack.ExtType:
-    array = np.asarray(array)
-    payload = msgpack.packb([array.shape, dtype or array.dtype.name, array.tobytes() if data is None else data])
-    return msgpack.ExtType(code, payload)
+def packed_array(array: np.ndarray) -> msgpack.ExtType:
+    return msgpack.ExtType(1, msgpack.packb([array.shape, array.dtype.name, array.tobytes()]))
 
 
 def packed_tree(tree) -> bytes:
@@ -170,112 +168,7 @@ def test_flax_restores_the_chunks_and_we_restore_its(tmp_path, monkeypatch):
         assert_holds(checkpoint, tensors)
 
 
-def chunked(shape, *chunks, **more):
-    numbered = {str(i): packed_array(np.float32(chunk)) for i, chunk in enumerate(chunks)}
-    return {"__msgpack_chunked_array__": True, "shape": shape, "chunks": numbered, **more}
-
-
-@pytest.mark.parametrize(
-    "leaf",
-    [
-        chunked({"0": 5}, [1, 2, 3], [4]),
-        chunked({"0": 3}, [1, 2, 3], [4]),
-        chunked({"0": 2**40, "1": 2**40}, [1]),
-        chunked({}, [1]),
-        chunked({"1": 1}, [1]),
-        chunked({"0": 0}, [1]),
-        chunked({"0": 1}),
-        chunked({"0": True}, [1]),
-        chunked({"0": 1}, [[1]]),
-        chunked({"0": 1}, [1], more=7),
-        {**chunked({"0": 1}, [1]), "__msgpack_chunked_array__": 1},
-        chunked(3, [1, 2, 3]),
-        {**chunked({"0": 1}, [1]), "chunks": {"0": {"0": packed_array(np.float32([1]))}}},
-        {**chunked({"0": 2}), "chunks": {"0": packed_array(np.float32([1])), "1": packed_array(np.float16([1]))}},
-    ],
-)
-def test_chunks_that_do_not_add_up_are_refused(tmp_path, leaf):
-    path = tmp_path / "flax_model.msgpack"
-    path.write_bytes(packed_tree({"lm_head": {"kernel": leaf}}))
-    with pytest.raises(CheckpointError, match="lm_head/kernel"):
-        open_checkpoint(path, config=config_of())
-
-
 # -- damage -----------------------------------------------------------------------------------------------------------
-
-
-def deep(depth: int):
-    return {"a": deep(depth - 1)} if depth else packed_array(np.float32([1]))
-
-
-ONE = np.float32([1])
-HOSTILE = {
-    "empty": (b"", "truncated"),
-    "text": (b"x", "Flax"),
-    "list": (msgpack.packb([1]), "Flax"),
-    "trailing": (packed_tree({"a": ONE}) + b"\x00", "1 bytes follow"),
-    "truncated": (packed_tree({"a": ONE})[:-1], "truncated"),
-    "giant map": (b"\xdf\xff\xff\xff\xff", "truncated"),
-    "giant array": (b"\x81\xa1a\xc9\xff\xff\xff\xff\x01", "truncated"),
-    "giant key": (b"\x81\xdb\xff\xff\xff\xff", "at most 512 bytes"),
-    "long key": (packed_tree({"a" * 513: ONE}), "at most 512 bytes"),
-    "key with a slash": (packed_tree({"a/b": ONE}), "without '/'"),
-    "empty key": (packed_tree({"": ONE}), "without '/'"),
-    "key twice": (b"\x82" + 2 * packed_tree({"a": ONE})[1:], "occurs once"),
-    "number as a key": (packed_tree({1: ONE}), "expected a text"),
-    "no UTF-8": (b"\x81\xa1\xff\x01", "UTF-8"),
-    "too deep": (packed_tree(deep(16)), "at most 16"),
-    "very deep": (b"\x81\xa1a" * 100_000, "at most 16"),
-    "many objects": (b"\xdf\x00\x04\x00\x00" + b"".join(b"\xa5%05x\x80" % i for i in range(1 << 18)), "131072 objects"),
-    "nil": (packed_tree({"a": None}), "0xc0"),
-    "float": (packed_tree({"a": 1.5}), "0xcb"),
-    "text leaf": (packed_tree({"a": "b"}), "0xa1"),
-    "number leaf": (packed_tree({"a": 7}), "a: expected an array, got 7"),
-    "bool leaf": (packed_tree({"a": True}), "a: expected an array, got True"),
-    "complex extension": (packed_tree({"a": msgpack.ExtType(2, msgpack.packb([1.0, 2.0]))}), "extension type 1 or 3"),
-    "timestamp": (packed_tree({"a": msgpack.ExtType(-1 & 0x7F, b"1234")}), "extension type 1 or 3"),
-    "integers": (packed_tree({"a": np.int32([1])}), "expected a dtype"),
-    "dtype that is code": (packed_tree({"a": packed_array(ONE, dtype="O")}), "expected a dtype"),
-    "too few bytes": (packed_tree({"a": packed_array(ONE, data=b"abc")}), "expected 4 bytes"),
-    "too many bytes": (packed_tree({"a": packed_array(ONE, data=b"abcde")}), "expected 4 bytes"),
-    "bomb": (packed_tree({"a": packed_array(np.broadcast_to(ONE, (1000, 3)), data=b"abcd")}), "expected 12000 bytes"),
-    "no rows": (packed_tree({"a": np.zeros((0, 2**40), np.float32)}), "positive integers"),
-    "nine axes": (packed_tree({"a": np.zeros((1,) * 9, np.float32)}), "at most 8"),
-    "negative size": (packed_tree({"a": msgpack.ExtType(1, msgpack.packb([[-1], "float32", b""]))}), "0xff"),
-    "no array": (packed_tree({"a": msgpack.ExtType(1, b"abcd")}), "shape, dtype and bytes"),
-    "rest after it": (packed_tree({"a": msgpack.ExtType(1, packed_array(ONE).data + b"rest")}), "with its shape"),
-    "array beyond its extension": (b"\x81\xa1a\xd4\x01" + packed_array(ONE).data, "with its shape"),
-    "foreign names": (packed_tree({"decoder": {"w": ONE}}), "decoder/w: not a weight of OPT in flax-msgpack"),
-    "published names": (packed_tree({"decoder.final_layer_norm.weight": ONE}), "not a weight of OPT in flax-msgpack"),
-}
-
-
-@pytest.mark.parametrize("damage", HOSTILE)
-def test_a_damaged_or_hostile_msgpack_is_refused_by_name(tmp_path, damage):
-    data, problem = HOSTILE[damage]
-    path = tmp_path / "flax_model.msgpack"
-    path.write_bytes(data)
-    with pytest.raises(CheckpointError) as raised:
-        open_checkpoint(path, config=config_of())
-    assert str(path) in str(raised.value)
-    assert problem in str(raised.value)
-
-
-def test_no_single_damaged_byte_does_more_than_raise_our_error(tmp_path):
-    config = config_of(num_hidden_layers=1)
-    path, *_ = write_checkpoint(tmp_path, config, tensors_of(config), format="flax-msgpack")
-    good, generator = path.read_bytes(), np.random.default_rng(5)
-    refused = 0
-    for place in [*range(40), *generator.integers(0, len(good), 400)]:
-        path.write_bytes(good[:place] + bytes([generator.integers(256)]) + good[place + 1 :])
-        try:
-            with open_checkpoint(path, config=config) as checkpoint:
-                checkpoint.check()
-                for name in checkpoint.shapes:
-                    checkpoint.read(name)
-        except CheckpointError:
-            refused += 1
-    assert refused > 20
 
 
 @pytest.mark.parametrize("format", FLAX)

@@ -274,6 +274,7 @@ TENSOR_PICKLES = [
 STATES = [
     ("a list", [torch.zeros(2)], FILE, "expected a state dict, got list"),
     ("a number among the weights", {"step": 3}, "step", "expected a named tensor, got int"),
+    ("a state dict in a dict", {"model": {"decoder.version": torch.ones(1)}}, "model", "expected a named tensor"),
     ("numbers as names", {7: torch.zeros(2)}, FILE, "expected names of tensors"),
     ("integers", {BIAS: torch.zeros(31, dtype=torch.int64)}, BIAS, "expected a dtype of .*, got int64"),
     ("complex numbers", {BIAS: torch.zeros(31, dtype=torch.complex64)}, BIAS, "expected a dtype of .*, got complex64"),
