@@ -61,10 +61,11 @@ def counted_progress(title: str, total: int) -> Iterator[Callable[[str], None]]:
 
 @contextlib.contextmanager
 def byte_progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr. The function it gives is called with (bytes done, bytes in all)."""
-    from rich.progress import DownloadColumn, TransferSpeedColumn
+    """A bar with speed and time left on stderr. The function it gives is called with (bytes done, bytes in all)."""
+    from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    left = TimeRemainingColumn(compact=True, elapsed_when_finished=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), left)
     with _progress(*columns) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

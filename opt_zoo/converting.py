@@ -1,39 +1,49 @@
-"""`opt-zoo convert`: a checkpoint to another container, dtype or shard size, one tensor at a time."""
+"""`opt-zoo convert`: a checkpoint to another format, dtype or shard size, in bounded memory."""
 
 import argparse
+import importlib
 import shutil
 from pathlib import Path
 
 from conversion import open_checkpoint, resolve, write_checkpoint
-from conversion.formats import FORMATS
+from conversion.containers import CONTAINERS
+from conversion.formats import FORMATS, losses
+from conversion.write import CLASSES, is_of_a_checkpoint
 from opt_core.config import DTYPES
-from opt_core.errors import InputError, ProblemsError
+from opt_core.errors import InputError, ProblemsError, raise_if
 from opt_zoo.console import byte_progress, print_json, stdout_console
 from opt_zoo.sources import add_source, display_name, find_source
 
 SUMMARY = "write a checkpoint in another format, dtype or shard size"
-DESCRIPTION = """Writes config, weights and, where the source has them, tokenizer files into the folder TARGET. Holds
-one tensor in memory at a time. The weights are checked against the config first; files get their names when all are
-written."""
+DESCRIPTION = """Writes config, weights, a manifest with a hash for each weight and, where the source has them, files of
+the tokenizer into the folder TARGET. Holds one tensor in memory at a time. The weights are checked against the config
+first; files get their names when all are written, read again and found to be right."""
 
-FORMAT_NAMES = {  # on the command line -> in `conversion`
-    "safetensors": "safetensors",
-    "bin": "torch-bin",
-    "flax-msgpack": "flax-msgpack",
-    "flax-safetensors": "flax-safetensors",
-    "tf-h5": "tf-h5",
-    "tf-safetensors": "tf-safetensors",
-}
+ALIASES = {"bin": "torch-bin"}
+SAVED_MODEL = "saved-model"  # which has the program in it too, and is TensorFlow's to write
+TARGET_FORMATS = (*(name for name, format in FORMATS.items() if format.is_written), *ALIASES, SAVED_MODEL)
 SIDE_FILES = ("generation_config.json",)  # beside the tokenizer's, copied as they are
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_source(parser)
     parser.add_argument("target", metavar="TARGET", help="folder to write")
-    parser.add_argument("--to", choices=FORMAT_NAMES, default="safetensors", help="format (default: safetensors)")
+    parser.add_argument(
+        "--to", metavar="FORMAT", choices=TARGET_FORMATS, default="safetensors",
+        help=f"one of {', '.join(TARGET_FORMATS)} (default: safetensors)",
+    )  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, help="round the weights to this dtype (default: as stored)")
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="bytes, or 300MB, 2GiB (default: 5GB)")
+    parser.add_argument(
+        "--max-shard-size", metavar="SIZE", help="bytes, or 300MB, 2GiB (default: 5GB, where a format has shards)"
+    )
+    parser.add_argument(
+        "--parts", type=int, default=1, metavar="N", help="model-parallel parts, of metaseq (default: 1)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint in TARGET")
+    parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not read again what was written")
+    parser.add_argument(
+        "--allow-nonfinite", action="store_true", help="keep NaN and infinities, which are refused else"
+    )
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
 
 
@@ -42,22 +52,57 @@ def run(args: argparse.Namespace) -> int:
     source, target = find_source(args.source, args.model), Path(args.target)
     opened = resolve(source)
     _check_target(opened, target, args.overwrite)
+    write = _write_saved_model if args.to == SAVED_MODEL else _write
+    written, notes = write(source, opened, target, args)
+    _print_written(display_name(source), target, written, notes, as_json=args.json)
+    return 0
+
+
+def _write(source: str, opened: Path, target: Path, args: argparse.Namespace) -> tuple[list[Path], list[str]]:
+    """The files written, and what changes on the way."""
+    from opt_core.tokenizer_files import MERGES, VOCAB
+
+    format = FORMATS[ALIASES.get(args.to, args.to)]
+    folder = _side_folder(source)
     with open_checkpoint(opened) as checkpoint, byte_progress(f"writing {target}") as progress:
         checkpoint.check()
+        notes = losses(format, checkpoint.config, checkpoint.task)
         written = write_checkpoint(
             target,
             checkpoint.config,
             checkpoint,
             task=checkpoint.task,
-            format=FORMAT_NAMES[args.to],
+            format=format.name,
             dtype=args.dtype,
+            parts=args.parts,
             max_shard_size=args.max_shard_size,
+            tokenizer_folder=folder if folder and {VOCAB, MERGES} <= _names_in(folder) else None,
             overwrite=args.overwrite,
+            verify=args.verify,
+            allow_nonfinite=args.allow_nonfinite,
             progress=progress,
         )
-    written += copy_side_files(source, target)
-    _print_written(display_name(source), target, written, as_json=args.json)
-    return 0
+    has_own_tokenizer = CONTAINERS[format.container].files_beside is not None
+    if folder:
+        written += copy_side_files(folder, target, with_tokenizer=not has_own_tokenizer)
+    return written, notes
+
+
+def _write_saved_model(
+    source: str, opened: Path, target: Path, args: argparse.Namespace
+) -> tuple[list[Path], list[str]]:
+    """As `_write`; the model is built in TensorFlow, hence wholly in memory."""
+    from opt_zoo.backends import load_backend
+
+    given = {"--parts": args.parts != 1, "--max-shard-size": args.max_shard_size is not None}
+    problems = [f"{option}: not an option of {SAVED_MODEL}" for option, is_given in given.items() if is_given]
+    raise_if(InputError, "opt-zoo convert", problems)
+    package = importlib.import_module(load_backend("tf").package)
+    exporter = importlib.import_module(f"{package.__name__}.saved_model")
+    with open_checkpoint(opened) as checkpoint:
+        model_class = getattr(package, f"TF{CLASSES[checkpoint.task]}")
+    model = model_class.from_pretrained(opened, dtype=args.dtype or "auto")
+    return exporter.save_saved_model(model, target, overwrite=args.overwrite), []
 
 
 def _check_target(opened: Path, target: Path, overwrite: bool) -> None:
@@ -66,32 +111,53 @@ def _check_target(opened: Path, target: Path, overwrite: bool) -> None:
     if target.is_dir() and folder.samefile(target):
         raise InputError("opt-zoo convert", [f"TARGET: expected another folder than SOURCE, got {target}"])
     names = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
-    found = [name for name in names if name == "config.json" or any(f.owns(name) for f in FORMATS.values())]
+    found = [name for name in names if is_of_a_checkpoint(name)]
     if found and not overwrite:
         text = f"TARGET: {target} holds {', '.join(found[:5])}; --overwrite replaces them"
         raise InputError("opt-zoo convert", [text])
 
 
-def copy_side_files(source: str, target: Path) -> list[Path]:
-    """Copies the tokenizer's files, and `SIDE_FILES`, where the source has them; returns the copies."""
-    from opt_core.tokenizer_files import FILES, find_tokenizer_folder
+def _side_folder(source: str) -> Path | None:
+    """Where the tokenizer's files would be."""
+    from opt_core.tokenizer_files import find_tokenizer_folder
 
     path = Path(source)
     try:
-        folder = path.parent if path.is_file() else find_tokenizer_folder(source)
+        return path.parent if path.is_file() else find_tokenizer_folder(source)
     except (ProblemsError, OSError):
-        return []
-    present = [name for name in (*FILES, *SIDE_FILES) if (folder / name).is_file()]
-    return [Path(shutil.copyfile(folder / name, target / name)) for name in present]
+        return None
 
 
-def _print_written(source: str, target: Path, written: list[Path], *, as_json: bool) -> None:
-    files = [{"name": path.name, "bytes": path.stat().st_size} for path in written]
-    total = sum(path.stat().st_size for path in written)
+def _names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def copy_side_files(folder: Path, target: Path, *, with_tokenizer: bool) -> list[Path]:
+    """Copies `SIDE_FILES`, and those of the tokenizer, where the folder has them; returns the copies."""
+    from opt_core.tokenizer_files import FILES
+
+    names = (*FILES, *SIDE_FILES) if with_tokenizer else SIDE_FILES
+    return [Path(shutil.copyfile(folder / name, target / name)) for name in names if (folder / name).is_file()]
+
+
+def _print_written(source: str, target: Path, written: list[Path], notes: list[str], *, as_json: bool) -> None:
+    files = [{"name": path.name, "bytes": _size(path)} for path in written]
+    total = sum(file["bytes"] for file in files)
     if as_json:
-        print_json({"source": source, "target": str(target), "files": files})
+        print_json({"source": source, "target": str(target), "files": files, "notes": notes})
         return
     console = stdout_console()
     console.print(f"{source} -> {target}: {len(files)} files, {total:,} bytes", markup=False, soft_wrap=True)
     for file in files:
         console.print(f"  {file['name']}: {file['bytes']:,} bytes", markup=False, soft_wrap=True)
+    for note in notes:
+        console.print(f"what changes: {note}", markup=False, soft_wrap=True)
+
+
+def _size(path: Path) -> int:
+    """Of a file, or of all files in a folder."""
+    return (
+        sum(inner.stat().st_size for inner in path.rglob("*") if inner.is_file())
+        if path.is_dir()
+        else path.stat().st_size
+    )

@@ -10,11 +10,17 @@ from opt_core.errors import MissingFrameworkError, ProblemsError
 from opt_zoo.console import stderr_console
 from opt_zoo.environment import package_version
 
-COMMANDS = {"inspect": "inspection", "convert": "converting", "parity": "parity", "generate": "generating"}
+COMMANDS = {
+    "inspect": "inspection",
+    "convert": "converting",
+    "diff": "diff",
+    "parity": "parity",
+    "generate": "generating",
+}
 OK, FAILED, BAD_INPUT, INTERRUPTED, NO_READER = 0, 1, 2, 130, 141
 EXIT_CODES = (
-    "exit codes: 0 done, 1 parity failed, 2 wrong usage, bad input or a missing framework, 130 interrupted, "
-    "141 nobody reads stdout any more"
+    "exit codes: 0 done, 1 parity failed or checkpoints differ, 2 wrong usage, bad input or a missing framework, "
+    "130 interrupted, 141 nobody reads stdout any more"
 )
 
 

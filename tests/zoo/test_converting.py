@@ -1,13 +1,17 @@
 """`opt-zoo convert`: formats, shards, dtypes, and what it refuses."""
 
+import io
 import json
 
 import ml_dtypes
 import numpy as np
 import pytest
 from harness import config_of, save_random
+from rich.console import Console
 
-from conversion import open_checkpoint
+from conversion import open_checkpoint, write_checkpoint
+from opt_zoo.backends import BACKENDS
+from opt_zoo.console import byte_progress
 
 
 def tensors_of(folder):
@@ -26,7 +30,7 @@ def test_to_sharded_bin_and_back_is_the_identity(opt_zoo, checkpoint, tmp_path):
     assert (sharded / "pytorch_model.bin.index.json").is_file()
     assert len(list(sharded.glob("pytorch_model-*.bin"))) > 2
     assert opt_zoo("convert", sharded, back)[0] == 0
-    assert sorted(path.name for path in back.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in back.iterdir()) == ["config.json", "model.safetensors", "opt_manifest.json"]
     assert_same(tensors_of(back), tensors_of(checkpoint))
 
 
@@ -65,7 +69,7 @@ def test_tokenizer_and_generation_config_come_along(opt_zoo, checkpoint_with_tok
     (checkpoint_with_tokenizer / "generation_config.json").write_text("{}")
     code, out, _ = opt_zoo("convert", checkpoint_with_tokenizer, tmp_path / "target", "--json")
     assert code == 0
-    source = {path.name for path in checkpoint_with_tokenizer.iterdir()}
+    source = {path.name for path in checkpoint_with_tokenizer.iterdir()} | {"opt_manifest.json"}
     assert {path.name for path in (tmp_path / "target").iterdir()} == source >= {"vocab.json", "merges.txt"}
     assert {file["name"] for file in json.loads(out)["files"]} == source
 
@@ -103,3 +107,77 @@ def test_a_shard_size_that_is_none_exits_with_2(opt_zoo, checkpoint, tmp_path):
     assert code == 2
     assert "a lot" in err
     assert "Traceback" not in err
+
+
+def test_parts_of_metaseq_and_back_is_the_identity(opt_zoo, tmp_path):
+    source = save_random(tmp_path / "source", config_of(vocab_size=102, ffn_dim=38))
+    assert opt_zoo("convert", source, tmp_path / "parts", "--to", "metaseq", "--parts", "2")[0] == 0
+    assert len(list((tmp_path / "parts").glob("*.pt"))) == 2
+    assert opt_zoo("convert", tmp_path / "parts", tmp_path / "back")[0] == 0
+    assert opt_zoo("diff", source, tmp_path / "back")[0] == 0
+
+
+def test_a_preset_of_kerashub_gets_the_tokenizer_and_what_changes_is_said(opt_zoo, checkpoint_with_tokenizer, tmp_path):
+    (checkpoint_with_tokenizer / "generation_config.json").write_text("{}")
+    code, out, _ = opt_zoo("convert", checkpoint_with_tokenizer, tmp_path / "preset", "--to", "keras-hub")
+    assert code == 0
+    assert "what changes: decoder.embed_positions.weight: keras-hub has no place for rows 0 to 1" in " ".join(
+        out.split()
+    )
+    assert (tmp_path / "preset" / "assets" / "tokenizer" / "vocabulary.json").is_file()
+    assert "class_name" in json.loads((tmp_path / "preset" / "tokenizer.json").read_text())  # KerasHub's own
+    assert (tmp_path / "preset" / "generation_config.json").is_file()
+
+
+def test_nan_is_refused_unless_allowed(opt_zoo, checkpoint, tmp_path):
+    tensors = tensors_of(checkpoint)
+    tensors["decoder.layers.0.fc1.bias"][1] = np.nan
+    with open_checkpoint(checkpoint) as opened:
+        write_checkpoint(tmp_path / "source", opened.config, tensors, allow_nonfinite=True)
+    code, _, err = opt_zoo("convert", tmp_path / "source", tmp_path / "target", "--to", "bin")
+    assert code == 2
+    assert "decoder.layers.0.fc1.bias: expected finite values" in err
+    arguments = ["convert", tmp_path / "source", tmp_path / "target", "--to", "bin", "--allow-nonfinite"]
+    assert opt_zoo(*arguments)[0] == 0
+
+
+def test_no_verify_leaves_out_the_second_look(opt_zoo, checkpoint, tmp_path, monkeypatch):
+    looked = []
+    monkeypatch.setattr("conversion.write.verify_written", lambda *arguments: looked.append(arguments))
+    assert opt_zoo("convert", checkpoint, tmp_path / "a", "--no-verify")[0] == 0
+    assert looked == []
+    assert opt_zoo("convert", checkpoint, tmp_path / "b")[0] == 0
+    assert len(looked) == 1
+
+
+def test_a_saved_model_without_tensorflow_names_the_extra(opt_zoo, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(BACKENDS, "tf", BACKENDS["tf"]._replace(frameworks=("no_such_framework",)))
+    code, _, err = opt_zoo("convert", checkpoint, tmp_path / "target", "--to", "saved-model")
+    assert code == 2
+    assert "pip install opt-zoo[tf]" in err
+    code, _, err = opt_zoo("convert", checkpoint, tmp_path / "target", "--to", "saved-model", "--parts", "2")
+    assert code == 2
+    assert "--parts: not an option of saved-model" in err
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "question-answering"])
+def test_a_saved_model_is_written_and_its_weights_read_back(opt_zoo, tmp_path, backends, task):
+    if "tf" not in [backend.name for backend in backends]:
+        pytest.skip("--backends leaves out tf")
+    source = save_random(tmp_path / "source", config_of(), task)
+    assert opt_zoo("convert", source, tmp_path / "target", "--to", "saved-model")[0] == 0
+    code, out, err = opt_zoo("diff", source, tmp_path / "target")
+    assert (code, err) == (0, ""), out
+
+
+def test_the_bar_shows_bytes_speed_and_time_left_over_writing_and_reading_again(monkeypatch, checkpoint, tmp_path):
+    stream = io.StringIO()
+    terminal = Console(file=stream, force_terminal=True, width=200)
+    monkeypatch.setattr("opt_zoo.console.stderr_console", lambda: terminal)
+    shown = []
+    with byte_progress("writing") as progress, open_checkpoint(checkpoint) as opened:
+        report = lambda done, total: (shown.append((done, total)), progress(done, total))  # noqa: E731
+        write_checkpoint(tmp_path / "target", opened.config, opened, progress=report)
+    total = 2 * sum(array.nbytes for array in tensors_of(checkpoint).values())
+    assert shown[-1] == (total, total)
+    assert all(unit in stream.getvalue() for unit in ("writing", "kB", "/s", ":"))
