@@ -27,7 +27,6 @@ from opt_core.config import OPTConfig
 from opt_core.errors import CheckpointError, raise_if
 
 VERSION = "decoder.version"  # of the module's names, 3 since before OPT; no weight
-_BRANCHES = ("model", "cfg", "args", "shard_metadata")
 
 
 class Metaseq(NamedTuple):
@@ -57,14 +56,14 @@ def open_parts(path: Path, config: OPTConfig | None = None, *, verify: bool = Fa
     """Opens a folder, or the set of files that `path` is one of; reads no weights unless `verify`.
 
     Args:
-        config: used for flat files without metadata instead of the settings in them.
+        config: used for flat files without metadata instead of the settings in them, which then need not be readable.
         verify: also compares every byte with the checksums of the files.
 
     Raises:
         CheckpointError: lists what is missing, damaged, contradictory or unknown, by file and tensor.
         ConfigError: the settings of a flat file describe no model.
     """
-    stored = [[_read(file, verify) for file in shards] for shards in files_of(path)]
+    stored = [[_read(file, config is None, verify) for file in shards] for shards in files_of(path)]
     settings = stored[0][0].settings
     names = [name for part in stored for one in part for name in one.shard.tensors]
     if not is_flat(names):
@@ -94,17 +93,21 @@ def config_of(opened: Metaseq) -> OPTConfig:
 # -- one file ---------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path, verify: bool) -> _Stored:
+def _read(path: Path, needs_settings: bool, verify: bool) -> _Stored:
     records = torch_zip.read_records(path, verify=verify)
-    is_bare = not isinstance(records.content.get("model"), dict)  # a state dict alone was passed around too
-    branches = {"model": records.content} if is_bare else {name: records.content.get(name) for name in _BRANCHES}
+    branches = records.content
+    if not isinstance(branches.get("model"), dict):  # a state dict alone was passed around too
+        branches = {"model": branches}
     problems: list[str] = []
-    read = {name: plain(branch, name, problems) for name, branch in branches.items()}
+    model, metadata = (plain(branches.get(name), name, problems) for name in ("model", "shard_metadata"))
+    of_settings: list[str] = []
+    cfg, args = (plain(branches.get(name), name, of_settings) for name in ("cfg", "args"))
+    if of_settings and needs_settings:
+        problems += [*of_settings, "the settings in cfg are not plain data: give a config if the rest is in order"]
     raise_if(CheckpointError, str(path), problems)
-    tensors = records.locate(read["model"])
+    tensors = records.locate(model)
     tensors.pop(VERSION, None)
-    settings = settings_of(read.get("cfg"), read.get("args"))
-    return _Stored(Shard(path, tensors), settings, read.get("shard_metadata"), records.unknown)
+    return _Stored(Shard(path, tensors), None if of_settings else settings_of(cfg, args), metadata, records.unknown)
 
 
 # -- one part ---------------------------------------------------------------------------------------------------------

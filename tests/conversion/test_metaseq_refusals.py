@@ -372,6 +372,20 @@ def test_a_payload_never_runs_and_is_named(tmp_path, branch, protocol):
     assert canary.exists()  # it would have
 
 
+def test_settings_that_cannot_be_read_need_not_be_where_a_config_is_given(tmp_path):
+    config = files.config_of(2)
+    truth = files.truth_of(config)
+    more = {"policy": files.instance_of("metaseq.policies", "Policy")}
+    files.save_unflattened(tmp_path, config, truth, 2, **more)
+    message = refusal(tmp_path)
+    assert "cfg.model.policy: the pickle asks for metaseq.policies.Policy" in message
+    assert "give a config" in message
+    opened = metaseq.open_parts(tmp_path, config)
+    assert_holds(opened, files.parts_of(truth, config, 2))
+    assert opened.settings is None
+    assert "metaseq.policies.Policy" in opened.unknown
+
+
 def test_what_was_passed_over_is_reported(tmp_path):
     config = files.config_of()
     files.save_raw(tmp_path, config, files.truth_of(config))
