@@ -289,7 +289,7 @@ def instance_of(module: str, name: str):
 LAYOUTS = {
     "raw shards": (save_raw, {}),
     "raw shards, one group": (save_raw, dict(per_layer=False)),
-    "raw shards, more than elements of a group's end": (save_raw, dict(shards=5)),
+    "raw shards, five": (save_raw, dict(shards=5)),
     "raw shards, layers wrapped by three": (save_raw, dict(wrapped=3)),
     "raw, not sharded": (save_raw, dict(shards=1)),
     "shards without metadata": (save_raw, dict(has_metadata=False)),
