@@ -29,6 +29,8 @@ _PUBLISHED_FIELDS = {"model_type", "hidden_size"}  # one of which every publishe
 _MAPPED_BYTES = 1 << 28  # before the maps that `pieces` used are let go of
 _BASE_CLASSES = {"OPTModel", "TFOPTModel"}
 
+MOST_PROBLEMS = 1000  # in one error; those of a wrong switch in OPT's largest are fewer
+
 # Switches that explain missing or unexpected tensors, tried one at a time for a hint.
 _SWITCHES = ("enable_bias", "layer_norm_elementwise_affine", "_remove_final_layer_norm", "tie_word_embeddings")
 
@@ -90,7 +92,7 @@ class Checkpoint:
 
         `may_lack` names weights that may be absent, such as a new head; `may_have` those that may be left over, such as
         the head of another class. The error lists every missing, unexpected and mis-shaped tensor, and names the switch
-        of the config that would explain them all, if one does.
+        of the config that would explain them all, if one does; of more than `MOST_PROBLEMS`, the first, and how many.
         """
         config, task = config or self.config, task or self.task
         may_lack, left_over = tuple(may_lack), set(may_have) - shapes(config, task).keys()
@@ -98,8 +100,9 @@ class Checkpoint:
         try:
             check_shapes(found, config, task, source=self.source, may_lack=may_lack)
         except CheckpointError as error:
-            hints = _switch_hints(found, config, task, may_lack)
-            raise CheckpointError(self.source, [*error.problems, *hints]) from None
+            listed, left = error.problems[:MOST_PROBLEMS], len(error.problems) - MOST_PROBLEMS
+            hints = _switch_hints(found, config, task, may_lack) if left <= 0 else [f"and {left} more"]
+            raise CheckpointError(self.source, [*listed, *hints]) from None
 
     def close(self) -> None:
         """Lets go of the files; arrays that were read stay valid."""

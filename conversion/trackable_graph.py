@@ -16,7 +16,7 @@ GRAPH_KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"
 COUNTER_NAME = "save_counter"  # of tf.train.Checkpoint
 _VALUE = "VARIABLE_VALUE"
 _SUFFIX = f"/.ATTRIBUTES/{_VALUE}"
-_MAX_NODES = 1 << 18
+_MAX_NODES = 1 << 16  # a Keras model of 96 layers has some 10,000
 
 # Attributes of Keras models and optimizers that lead to variables of the optimizer, or a second time to those of
 # the model. What begins with an underscore is left out too.

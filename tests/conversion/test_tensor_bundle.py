@@ -248,7 +248,7 @@ def test_an_index_that_disagrees_with_itself_or_its_data_is_named(index, changes
 
 
 GRAPHS = {
-    "no objects": (b"", "expected 1 to 262144 objects, got none"),
+    "no objects": (b"", "expected 1 to 65536 objects, got none"),
     "an object that is not there": (node([("a", 1)]), "expected one of 1 objects, got number 1"),
     "a negative object": (node([("a", NEGATIVE)]), "got number -1"),
     "a variable that is not stored": (node([], ["fc2" + SUFFIX]), f"fc2{SUFFIX}: in the object graph, but not"),
@@ -256,7 +256,7 @@ GRAPHS = {
     "names that grow without end": (b"".join(node([("a" * 99, i + 1)]) for i in range(20)), "at most 1024 letters"),
     "attributes that are no text": (message([(1, message([(1, message([(2, b"\xff")]))]))]), "expected UTF-8"),
     "a number for an object": (message([(1, 1)]), "expected text or a message, got the number 1"),
-    "too many objects": (b"\x0a\x00" * 300_000, "expected 1 to 262144 objects"),
+    "too many objects": (b"\x0a\x00" * 300_000, "expected 1 to 65536 objects"),
     "too many bytes": (b"\x0a\x00" * (1 << 21), "expected at most 4194304 bytes"),
 }  # fmt: skip
 

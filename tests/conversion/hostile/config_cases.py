@@ -229,6 +229,7 @@ CASES: list[Case] = [
             ("a width that heads do not divide", field("num_attention_heads", 3), "hidden_size", "a multiple of"),
             ("two names for one field that disagree", field("bias", False), "bias", "contradicts enable_bias"),
             ("1,000 layers that are not there", field("num_hidden_layers", 1000), "layers.3.", "missing, expected"),
+            ("10,000 layers that are not there", field("num_hidden_layers", 10_000), "layers.3.", "and 158952 more"),
             ("no config", no_config, FILE, "missing; put it beside the weights"),
             ("a folder for a config", folder_for_config, FILE, "missing; put it beside the weights"),
         ],
