@@ -20,7 +20,7 @@ import pytest
 import tensorstore
 from flax import nnx
 
-from conversion import chunk_store, crc32c, ocdbt, orbax_folder
+from conversion import chunk_store, crc32c, ocdbt, orbax_folder, zstd_frame
 from conversion.safetensors_file import PlannedTensor
 from opt_core.errors import CheckpointError
 
@@ -508,6 +508,14 @@ def test_the_bomb_of_these_tests_is_a_good_frame(copy):
     path = copy("ocdbt")
     set_value(path, chunk_key("ocdbt"), repeated(4 * 53 * 97, 4 * 53 * 97, blocks=1))
     assert not orbax_folder.open_folder(path).read("big.kernel").any()
+
+
+def test_the_size_of_a_frame_is_bounded_by_the_heads_of_its_blocks():
+    frame = repeated(70_000, 140_000, blocks=2)
+    assert zstd_frame.largest_size(memoryview(frame)) == zstd_frame.declared_size(memoryview(frame)) == 140_000
+    for damaged in (frame + b"x", frame[:-1], frame[:8], b"x" + frame[1:], b""):
+        with pytest.raises(ValueError, match="Zstandard frame"):
+            zstd_frame.largest_size(memoryview(damaged))
 
 
 @pytest.mark.parametrize("form", ["zarr3", "ocdbt3"])
