@@ -48,12 +48,6 @@ class CTranslate2File(MappedFile):
         self.scalars = scalars
 
 
-def is_ctranslate2(magic: bytes) -> bool:
-    """True for the first bytes (16 are enough) of a file of a specification that is read."""
-    start = struct.pack("<H", len(SPECIFICATION) + 1) + SPECIFICATION.encode()
-    return magic[:4] in [struct.pack("<I", version) for version in _VERSIONS] and magic[4:16] == start[:12]
-
-
 def open_file(path: Path) -> CTranslate2File:
     """Reads the headers and the settings of a file; no weights.
 

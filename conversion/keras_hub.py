@@ -7,7 +7,6 @@ Sources: `keras_hub.src.models.opt` and `keras_hub.src.utils.preset_utils` of Ke
 """
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +39,6 @@ _LONGEST_PROMPT = 1024  # the default of KerasHub's preprocessors
 
 
 # -- config.json ------------------------------------------------------------------------------------------------------
-
-
-def is_preset_config(fields: Mapping[str, Any]) -> bool:
-    """True for a config.json that Keras wrote."""
-    return "registered_name" in fields or ("class_name" in fields and "config" in fields)
 
 
 def config_of(source: Path) -> OPTConfig:

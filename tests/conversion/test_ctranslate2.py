@@ -7,18 +7,19 @@ import struct
 import ctranslate2
 import numpy as np
 import pytest
-from checkpoints import NUMPY_DTYPES, TINY, config_of, tensors_of
+from checkpoints import NUMPY_DTYPES, TINY, assert_holds, config_of, tensors_of
 from ctranslate2.converters import TransformersConverter
 
-from conversion import write_checkpoint
+from conversion import open_checkpoint, write_checkpoint
 from conversion.ctranslate2_config import config_of as converted_config
-from conversion.ctranslate2_file import is_ctranslate2, open_file
-from opt_core.errors import CheckpointError, ConfigError
+from conversion.ctranslate2_file import open_file
+from opt_core.errors import CheckpointError, ConfigError, InputError
 from opt_core.reference import Reference
 
 VOCAB_SIZE = 104  # a multiple of 8, to which CTranslate2 pads the vocabulary
 HELD = ("pre-norm", "350m-style", "no-bias", "untied")
 WEIGHT = "decoder/layer_1/ffn/linear_0/weight"
+FUSED_BIAS = "decoder/layer_2/self_attention/linear_0/bias"
 TOKENS = ["<s>", "<pad>", "</s>", "<unk>", *map(chr, range(33, 33 + VOCAB_SIZE - 5))]  # one less than rows
 
 
@@ -105,6 +106,18 @@ def test_what_the_converter_writes_is_read_back_bit_for_bit(tmp_path, variant, d
     file = open_file(folder / "model.bin")
     assert_same(file, as_ctranslate2(tensors))
     assert converted_config(file, folder) == config
+
+
+@pytest.mark.parametrize("dtype", NUMPY_DTYPES)
+@pytest.mark.parametrize("variant", HELD)
+def test_a_converted_folder_is_a_checkpoint_but_for_two_rows_that_no_token_uses(tmp_path, variant, dtype):
+    config = config_to_convert(variant, num_hidden_layers=11, torch_dtype=dtype)
+    tensors = tensors_of(config, dtype=dtype)
+    with open_checkpoint(convert(tmp_path, config, tensors)) as checkpoint:
+        checkpoint.check()
+        assert (checkpoint.format, checkpoint.task, checkpoint.config) == ("ctranslate2", "causal-lm", config)
+        tensors["decoder.embed_positions.weight"][:2] = 0
+        assert_holds(checkpoint, tensors)
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_new", "silu"])
@@ -309,7 +322,6 @@ def test_the_hand_made_file_of_these_tests_is_a_good_one(folder):
 @pytest.mark.parametrize("version", [4, 5])
 def test_older_binary_versions_have_the_same_layout(folder, version):
     path = broken(folder, having(version=version, revision=2))
-    assert is_ctranslate2(path.read_bytes()[:16])
     assert_same(open_file(path), as_ctranslate2(tensors_of(config_to_convert())))
 
 
@@ -336,6 +348,31 @@ def test_a_damaged_or_hostile_file_is_refused_by_name(folder, change, problem):
         open_file(path)
     assert str(path) in str(raised.value)
     assert problem in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (added("decoder/layer_0/attention/linear_0/weight", (2, 2), 0, bytes(16)), "not a weight of OPT"),
+        (added("decoder/layernorm_embedding/gamma", (22,), 0, bytes(88)), "not a weight of OPT"),
+        (removed("decoder/layer_1/ffn/linear_1/weight"), "decoder.layers.1.fc2.weight: missing, expected (22, 31)"),
+        (removed("decoder/layer_2/ffn/linear_0/bias"), "decoder.layers.2.fc1.bias: missing, expected (31,)"),
+        (replaced(FUSED_BIAS, shape=(33,), content=bytes(132)), "v_proj.bias: expected (22,), got (11,)"),
+        (removed("decoder/layer_norm/beta"), "decoder.final_layer_norm.bias: missing"),
+        (replaced(WEIGHT, shape=(22, 31)), "decoder.layers.1.fc1.weight: expected (31, 22), got (22, 31)"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(folder, change, problem):
+    broken(folder, change)
+    with pytest.raises(CheckpointError) as raised, open_checkpoint(folder) as checkpoint:
+        checkpoint.check()
+    assert problem in str(raised.value)
+
+
+def test_it_is_not_written_and_the_error_says_what_is(tmp_path):
+    config = config_to_convert()
+    with pytest.raises(InputError, match=r"format: expected one of safetensors, .*got 'ctranslate2'"):
+        write_checkpoint(tmp_path / "new", config, tensors_of(config), format="ctranslate2")
 
 
 @pytest.mark.parametrize(("change", "problem"), OTHER_MODELS)

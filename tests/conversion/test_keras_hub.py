@@ -3,17 +3,19 @@
 import json
 import os
 import shutil
+import struct
 import zipfile
 
 import h5py
 import numpy as np
 import pytest
-from checkpoints import NUMPY_DTYPES, config_of, tensors_of
+from checkpoints import NUMPY_DTYPES, assert_holds, config_of, tensors_of
 from keras_hub.models import OPTBackbone, OPTCausalLM
 
+from conversion import keras_hub_weights, open_checkpoint, write_checkpoint
 from conversion.keras_hub import FIELDS, preset_files
 from conversion.keras_hub import config_of as preset_config
-from conversion.keras_hub_weights import INDEX_NAME, index_of, open_file, open_shards, shard_name, write_file
+from conversion.keras_hub_weights import INDEX_NAME, open_file, open_shards, write_file, write_folder
 from conversion.safetensors_file import PlannedTensor
 from opt_core import OPTConfig
 from opt_core.errors import CheckpointError, ConfigError
@@ -60,24 +62,25 @@ def planned(stored: dict[str, np.ndarray]) -> list[PlannedTensor]:
     return [PlannedTensor(name, str(array.dtype), array.shape) for name, array in stored.items()]
 
 
-def write_weights(path, stored: dict[str, np.ndarray], names=None) -> None:
-    def write_tensor(file, tensor):
-        file.write(np.ascontiguousarray(stored[tensor.name]).tobytes())
+def write_values(file, array: np.ndarray) -> None:
+    file.write(np.ascontiguousarray(array).tobytes())
 
+
+def write_weights(path, stored: dict[str, np.ndarray]) -> None:
     with open(path, "wb") as file:
-        write_file(file, planned({name: stored[name] for name in names or stored}), write_tensor)
+        write_file(file, planned(stored), lambda file, tensor: write_values(file, stored[tensor.name]))
 
 
-def write_preset(folder, config=CONFIG, dtype="float32", shards=1, **options):
-    """A preset of the tiny model, of which `shards` is the number of weight files."""
+@pytest.fixture
+def small_files(monkeypatch):
+    monkeypatch.setattr(keras_hub_weights, "_LARGEST_FILE", 11_000)
+
+
+def write_preset(folder, config=CONFIG, dtype="float32", **options):
+    """A preset of the tiny model; returns its weights as they are stored."""
     folder.mkdir(exist_ok=True)
     stored = as_keras_hub(tensors_of(config, "base", dtype), config)
-    parts = {shard_name(i + 1, shards): list(stored)[i::shards] for i in range(shards)}
-    for file, names in parts.items():
-        write_weights(folder / file, stored, names)
-    if shards > 1:
-        index = {file: planned({name: stored[name] for name in names}) for file, names in parts.items()}
-        (folder / INDEX_NAME).write_text(index_of(index))
+    write_folder(folder, planned(stored), lambda file, tensor: write_values(file, stored[tensor.name]))
     for name, content in preset_files(config, dtype, **options).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
@@ -115,9 +118,12 @@ def assert_same(file, expected: dict[str, np.ndarray]) -> None:
 # -- KerasHub reads what is written -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shards", [1, 3])
-def test_keras_hub_loads_a_preset_with_the_same_logits(tmp_path, shards):
-    write_preset(tmp_path, shards=shards)
+@pytest.mark.parametrize("count", [1, 6])
+def test_keras_hub_loads_a_preset_with_the_same_logits(tmp_path, count, request):
+    if count > 1:
+        request.getfixturevalue("small_files")
+    write_preset(tmp_path)
+    assert len(list(tmp_path.glob("*.weights.h5"))) == count
     model, inputs = OPTCausalLM.from_preset(str(tmp_path)), inputs_of(CONFIG)
     logits = np.asarray(model(inputs))
     expected = reference_logits(CONFIG, tensors_of(CONFIG), inputs["token_ids"])
@@ -520,6 +526,22 @@ def test_a_truncated_archive_is_refused(archive, cut):
         open_file(path)
 
 
+def test_an_archive_whose_two_headers_disagree_is_refused(archive):
+    path = archive()
+    path.write_bytes(path.read_bytes().replace(b"model.weights.h5", b"other.weights.h5", 1))
+    with pytest.raises(CheckpointError, match=r"model\.weights\.h5: damaged or truncated"):
+        open_file(path)
+
+
+def test_a_member_larger_than_its_archive_is_refused(archive):
+    path = archive()
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<II", data, data.rindex(b"PK\x01\x02") + 20, 2**31, 2**31)
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"model\.weights\.h5: damaged or truncated"):
+        open_file(path)
+
+
 def test_no_single_damaged_byte_of_an_archive_does_more_than_raise_our_errors(archive):
     path = archive()
     good, generator = path.read_bytes(), np.random.default_rng(5)
@@ -540,8 +562,8 @@ def test_no_single_damaged_byte_of_an_archive_does_more_than_raise_our_errors(ar
 
 
 @pytest.fixture
-def sharded(tmp_path):
-    write_preset(tmp_path, shards=3)
+def sharded(tmp_path, small_files):
+    write_preset(tmp_path)
     return tmp_path / INDEX_NAME
 
 
@@ -611,3 +633,106 @@ def test_a_link_that_leaves_the_folder_is_refused(sharded, tmp_path_factory):
     os.symlink(outside, shard)
     with pytest.raises(CheckpointError, match="a link that leaves the folder"):
         open_shards(sharded)
+
+
+# -- as checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def as_read_back(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Two rows of the position table, which no token uses, are not stored: they come back as zeros."""
+    positions = tensors["decoder.embed_positions.weight"].copy()
+    positions[:2] = 0
+    return {**tensors, "decoder.embed_positions.weight": positions}
+
+
+@pytest.mark.parametrize("task", ["base", "causal-lm"])
+@pytest.mark.parametrize("dtype", NUMPY_DTYPES)
+def test_a_checkpoint_comes_back_from_a_preset_bit_for_bit(tmp_path, dtype, task):
+    config = config_of(dropout=0.3, attention_dropout=0.3, torch_dtype=dtype, num_hidden_layers=11)
+    tensors = tensors_of(config, dtype=dtype)
+    write_checkpoint(tmp_path, config, tensors, format="keras-hub", task=task)
+    assert (tmp_path / "task.json").exists() == (task == "causal-lm")
+    with open_checkpoint(tmp_path) as checkpoint:
+        checkpoint.check()
+        assert (checkpoint.format, checkpoint.config) == ("keras-hub", config)
+        assert_holds(checkpoint, as_read_back(tensors))
+
+
+def test_a_checkpoint_is_stored_as_written_out_by_hand_and_runs_in_keras_hub(tmp_path):
+    tensors, inputs = tensors_of(CONFIG), inputs_of(CONFIG)
+    write_checkpoint(tmp_path, CONFIG, tensors, format="keras-hub")
+    assert_same(open_file(tmp_path / "model.weights.h5"), STORED)
+    logits = np.asarray(OPTCausalLM.from_preset(str(tmp_path))(inputs))
+    expected = reference_logits(CONFIG, tensors, inputs["token_ids"])
+    assert np.abs(logits - expected).max() < 1e-5 * max(1, np.abs(expected).max())
+
+
+def test_a_tokenizer_is_written_beside_the_weights(tmp_path):
+    config, folder = config_of(vocab_size=307), tokenizer_folder(tmp_path / "tokenizer")
+    write_checkpoint(tmp_path / "preset", config, tensors_of(config), format="keras-hub", tokenizer_folder=folder)
+    model = OPTCausalLM.from_preset(str(tmp_path / "preset"))
+    assert model.preprocessor.tokenizer.token_to_id("</s>") == 2
+
+
+@pytest.mark.parametrize(
+    ("variant", "problems"),
+    [
+        ("350m-style", ["do_layer_norm_before", "has_final_layer_norm", "has_projections"]),
+        ("no-final-norm", ["has_final_layer_norm"]),
+        ("no-bias", ["enable_bias"]),
+        ("non-affine", ["layer_norm_elementwise_affine"]),
+        ("untied", ["tie_word_embeddings"]),
+    ],
+)
+def test_what_the_class_cannot_be_is_not_written(tmp_path, variant, problems):
+    config = config_of(variant)
+    with pytest.raises(CheckpointError) as raised:
+        write_checkpoint(tmp_path / "new", config, tensors_of(config), format="keras-hub")
+    assert [problem.partition(":")[0] for problem in raised.value.problems] == problems
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "silu"])
+def test_another_activation_is_not_written(tmp_path, activation):
+    config = config_of(activation_function=activation)
+    with pytest.raises(CheckpointError, match=f"activation_function: expected relu for keras-hub, got {activation}"):
+        write_checkpoint(tmp_path / "new", config, tensors_of(config), format="keras-hub")
+
+
+def test_float64_and_other_tasks_are_not_written(tmp_path):
+    doubles = {name: array.astype(np.float64) for name, array in tensors_of(CONFIG).items()}
+    with pytest.raises(CheckpointError, match="expected a dtype of float32, float16, bfloat16 for keras-hub"):
+        write_checkpoint(tmp_path / "new", CONFIG, doubles, format="keras-hub")
+    task = "question-answering"
+    with pytest.raises(CheckpointError, match="task: expected one of base, causal-lm for keras-hub"):
+        write_checkpoint(tmp_path / "new", CONFIG, tensors_of(CONFIG, task), format="keras-hub", task=task)
+
+
+def test_a_sharded_preset_is_a_checkpoint(tmp_path, small_files):
+    write_preset(tmp_path)
+    assert (tmp_path / INDEX_NAME).exists()
+    with open_checkpoint(tmp_path) as checkpoint:
+        checkpoint.check()
+        assert_holds(checkpoint, as_read_back(tensors_of(CONFIG)))
+
+
+def test_bare_weights_are_a_checkpoint_when_a_config_is_given(tmp_path, backbone):
+    path = tmp_path / "bare.weights.h5"
+    OPTCausalLM(backbone).save_weights(path)
+    with pytest.raises(CheckpointError, match=r"config\.json: missing"):
+        open_checkpoint(path)
+    with open_checkpoint(path, config=CONFIG) as checkpoint:
+        checkpoint.check()
+        assert_holds(checkpoint, as_read_back(tensors_of(CONFIG)))
+
+
+def test_a_preset_whose_config_does_not_fit_names_every_weight(tmp_path):
+    write_preset(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    fields["config"].update(num_heads=11, num_layers=4)
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError) as raised, open_checkpoint(tmp_path) as checkpoint:
+        checkpoint.check()
+    message = str(raised.value)
+    assert "decoder.layers.3.fc1.weight: missing" in message
+    assert "decoder.layers.0.self_attn.q_proj.weight: expected (22, 22), got (22, 2, 11)" in message
