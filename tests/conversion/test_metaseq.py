@@ -202,6 +202,17 @@ def test_any_file_of_a_set_stands_for_all(tmp_path, layout):
         assert_holds(metaseq.open_parts(path), files.parts_of(truth, config, 2))
 
 
+def test_parts_and_shards_of_one_stem_are_two_sets(tmp_path):
+    config = files.config_of(2)
+    truth = files.truth_of(config)
+    files.save_raw(tmp_path, config, truth, 2, stem="reshard")
+    files.save_unflattened(tmp_path, config, truth, 2)
+    for path in tmp_path.iterdir():
+        assert_holds(metaseq.open_parts(path), files.parts_of(truth, config, 2))
+    with pytest.raises(CheckpointError, match="give one of their files"):
+        metaseq.open_parts(tmp_path)
+
+
 def test_parts_are_counted_not_spelled(tmp_path):
     config = files.config_of(12, hidden_size=24, num_attention_heads=12)
     truth = files.truth_of(config)
