@@ -85,9 +85,8 @@ def _find_orbax(folder: Path) -> Path | None:
 
 def _is_orbax(folder: Path) -> bool:
     """True for a checkpoint, a step of CheckpointManager, or a folder of steps."""
-    inner = [path for path in folder.iterdir() if path.is_dir()]
-    places = (folder, *inner, *(path / "default" for path in inner))
-    return any((place / name).is_file() for place in places for name in _ORBAX_FILES)
+    patterns = (f"{below}{name}" for below in ("", "*/", "*/*/") for name in _ORBAX_FILES)  # */*: items of steps
+    return any(next(folder.glob(pattern), None) for pattern in patterns)
 
 
 def _find_keras_hub(folder: Path) -> Path | None:
