@@ -20,7 +20,7 @@ from opt_core.errors import CheckpointError, raise_if
 from opt_core.json_file import MAX_JSON_BYTES, unique_keys
 
 _WEIGHTS_NAME = "model.weights.h5"  # in an archive
-_STATE_OF_TRAINING = ("optimizer/", "_optimizer/", "metrics/", "compile_metrics/")
+_STATE_OF_TRAINING = ("optimizer/", "metrics/")  # the latter of Keras 2 alone
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _ZIP_MAGIC = b"PK\x03\x04"
 
@@ -45,9 +45,9 @@ def _names(locations: list[str], rename: Callable[[str], str]) -> dict[str, str]
     found: dict[str, str] = {}
     problems = []
     for location in locations:
-        if is_state_of_training(location):
-            continue
         name = rename(location)
+        if is_state_of_training(name):
+            continue
         if name in found:
             problems.append(f"{name}: stored twice, as {found[name]} and as {location}")
         found[name] = location

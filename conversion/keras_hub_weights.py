@@ -97,8 +97,8 @@ def _groups_of(index: Path) -> dict[str, list[str]]:
     groups = {name.strip("/"): files if isinstance(files, list) else [files] for name, files in weight_map.items()}
     wrong = [name for name, files in groups.items() if not files or not all(isinstance(file, str) for file in files)]
     raise_if(CheckpointError, str(index), [f"{name}: expected a file name or a list of them" for name in wrong])
-    weights = {name: files for name, files in groups.items() if not keras_h5.is_state_of_training(name)}
-    return {_todays_name(name): files for name, files in weights.items()}
+    todays = {_todays_name(name): files for name, files in groups.items()}
+    return {name: files for name, files in todays.items() if not keras_h5.is_state_of_training(name)}
 
 
 def _stem(index: Path) -> str:

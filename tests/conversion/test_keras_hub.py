@@ -242,6 +242,15 @@ def test_what_training_keeps_is_left_out(tmp_path):
     assert_same(open_file(tmp_path / "trained.weights.h5"), {name: trained.read(name) for name in STORED})
 
 
+@pytest.mark.parametrize("root", ["", "layers/opt_backbone/", "_layer_checkpoint_dependencies/opt_backbone/"])
+def test_the_metrics_that_keras_2_keeps_are_left_out(tmp_path, root):
+    renamed(tmp_path / "old.weights.h5", lambda name: name)
+    with h5py.File(tmp_path / "old.weights.h5", "r+") as file:
+        file[f"{root}metrics/mean/vars/0"] = np.float32(3)
+        file[f"{root}optimizer/vars/0"] = np.int64(7)
+    assert_same(open_file(tmp_path / "old.weights.h5"), STORED)
+
+
 def renamed(path, change) -> None:
     with h5py.File(path, "w") as file:
         for name, array in STORED.items():
