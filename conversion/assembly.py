@@ -175,20 +175,10 @@ def _without_tied_head(weights: dict[str, StoredWeight], source: str) -> dict[st
 
 
 def _same_values(embedding: StoredWeight, head: StoredWeight) -> bool:
-    """True for equal bits; of a head in model-parallel parts, the first rows are enough (see `_is_first_rows`)."""
     if embedding.files == head.files and embedding.tensors == head.tensors and embedding.place == head.place:
         return True
-    if embedding.dtype != head.dtype or not (embedding.shape == head.shape or _is_first_rows(embedding, head)):
+    if (embedding.dtype, embedding.shape) != (head.dtype, head.shape):
         return False
     of_embedding, of_head = (stored.read().reshape(-1).view(np.uint8) for stored in (embedding, head))
     starts = range(0, of_head.size, _COMPARED_BYTES)
-    return all(
-        np.array_equal(of_embedding[i : min(i + _COMPARED_BYTES, of_head.size)], of_head[i : i + _COMPARED_BYTES])
-        for i in starts
-    )
-
-
-def _is_first_rows(embedding: StoredWeight, head: StoredWeight) -> bool:
-    """metaseq's reshard_mp keeps only the first part's rows of a tied head."""
-    is_metaseq = head.place.axis is not None
-    return is_metaseq and head.shape[1:] == embedding.shape[1:] and head.shape[0] < embedding.shape[0]
+    return all(np.array_equal(of_embedding[i : i + _COMPARED_BYTES], of_head[i : i + _COMPARED_BYTES]) for i in starts)

@@ -178,5 +178,5 @@ _REASONS = {
     "do_layer_norm_before": "the published class normalises before each block",
     "_remove_final_layer_norm": "models with norms before have a final one there",
     "has_final_layer_norm": "the published class always has a final norm",
-    "activation_function": "the published class has no other activation",
+    "activation_function": "no other activation is the same there",
 }

@@ -115,7 +115,7 @@ def _find_ctranslate2(folder: Path) -> Path | None:
 
 
 def _find_pt(folder: Path) -> Path | None:
-    found = list(folder.glob("*.pt"))
+    found = [path for path in folder.glob("*.pt") if path.is_file()]
     return found[0] if len(found) == 1 and "torch-zip" in _containers_of(found[0]) else None
 
 

@@ -224,7 +224,8 @@ _KERAS_HUB_ALWAYS = (
     ("activation_function", "relu"),
 )  # fmt: skip
 _KERAS_HUB_FILES = r"model_\d{5}\.weights\.h5|model\.weights\.json|(metadata|task|preprocessor)\.json|assets"
-_MEGATRON = (("do_layer_norm_before", True), ("_remove_final_layer_norm", False), ("has_projections", False))
+_METASEQ_ALWAYS = (("_remove_final_layer_norm", False), ("activation_function", "relu"))  # its "gelu" is two functions
+_MEGATRON = (("do_layer_norm_before", True), ("has_projections", False), *_METASEQ_ALWAYS)
 _PARTS = r".+-model_part-\d+(-shard\d+)?\.pt"
 
 # In order of preference where a folder holds several.
@@ -248,7 +249,7 @@ FORMATS = {
         ),
         Format(
             "metaseq-singleton", "restored", ".pt", _METASEQ, "metaseq", separator="", tasks=("causal-lm",),
-            requires=(("_remove_final_layer_norm", False),), has_shards=False, entries=r"reshard\.pt",
+            requires=_METASEQ_ALWAYS, has_shards=False, entries=r"reshard\.pt",
         ),
         Format("torch-pt", "model", ".pt", PUBLISHED, "torch-zip", has_shards=False, is_written=False),
         Format("orbax", "orbax", "", PUBLISHED, "orbax", has_shards=False),
