@@ -1,8 +1,10 @@
-"""The rules of text generation that do not depend on a framework: what is generated, how far, and what is refused.
+"""The prompt of a generation and its length: what is continued, how far, and what is refused before it starts.
 
-So far greedy search: the token with the largest logit, the first of equals.
+`plan_generation` admits greedy search alone: the token with the largest logit, the first of equals. The other
+strategies are planned in `opt_core.generation_request`.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,15 +70,33 @@ def plan_generation(
     check_keywords([name for name in options if name not in GREEDY_OPTIONS], known_options)
     if input_ids is None and config.bos_token_id is not None:
         input_ids = Known((1, 1), "int64", np.array([[config.bos_token_id]]))
+    return plan_prompt(
+        config, input_ids, attention_mask, max_new_tokens=max_new_tokens, max_length=max_length,
+        eos_token_id=eos_token_id, pad_token_id=pad_token_id, problems=_option_problems(options),
+    )  # fmt: skip
+
+
+def plan_prompt(
+    config: OPTConfig,
+    input_ids: Known | None,
+    attention_mask: Known | None,
+    *,
+    max_new_tokens: int | None,
+    max_length: int | None,
+    eos_token_id: int | list[int] | None,
+    pad_token_id: int | None,
+    problems: list[str],
+) -> GenerationPlan:
+    """The plan of `plan_generation`; `problems` found before are listed with those found here."""
     eos = config.eos_token_ids if eos_token_id is None else tuple(np.atleast_1d(eos_token_id).tolist())
     pad = _first_of(pad_token_id, config.pad_token_id, *eos, 0)
-    id_problems = _id_problems(config, eos_token_id=eos, pad_token_id=(pad,))
-    problems = [*_option_problems(options), *id_problems]
+    wrong_ids = id_problems(config, eos_token_id=eos, pad_token_id=(pad,))
+    problems = [*problems, *wrong_ids]
     try:
         check_inputs(config, input_ids=input_ids, attention_mask=attention_mask)
     except InputError as error:  # what follows reads the prompt
         raise InputError("generate", [*error.problems, *problems]) from None
-    raise_if(InputError, "generate", problems if id_problems else [])  # what follows compares with them
+    raise_if(InputError, "generate", problems if wrong_ids else [])  # what follows compares with them
     assert input_ids is not None  # or the check above would have refused it
     ids = np.asarray(input_ids.values).astype(np.int64)
     real = _real_tokens(ids, attention_mask, pad, eos)
@@ -95,7 +115,8 @@ def _option_problems(options: dict[str, Any]) -> list[str]:
     ]
 
 
-def _id_problems(config: OPTConfig, **ids: tuple) -> list[str]:
+def id_problems(config: OPTConfig, **ids: Iterable) -> list[str]:
+    """A line for each token id, by the name of its option, that the vocabulary does not have."""
     return [
         f"{name}: expected an id from 0 to {config.vocab_size - 1}, got {i!r}"
         for name, token_ids in ids.items()
