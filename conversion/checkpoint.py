@@ -29,9 +29,8 @@ _PUBLISHED_FIELDS = {"model_type", "hidden_size"}  # one of which every publishe
 _MAPPED_BYTES = 1 << 28  # before the maps that `pieces` used are let go of
 _BASE_CLASSES = {"OPTModel", "TFOPTModel"}
 
-MOST_PROBLEMS = 1000  # in one error; those of a wrong switch in OPT's largest are fewer
-
 # Switches that explain missing or unexpected tensors, tried one at a time for a hint.
+_MOST_EXPLAINED = 1000  # of problems; in OPT's largest a wrong switch makes 576
 _SWITCHES = ("enable_bias", "layer_norm_elementwise_affine", "_remove_final_layer_norm", "tie_word_embeddings")
 
 
@@ -92,7 +91,7 @@ class Checkpoint:
 
         `may_lack` names weights that may be absent, such as a new head; `may_have` those that may be left over, such as
         the head of another class. The error lists every missing, unexpected and mis-shaped tensor, and names the switch
-        of the config that would explain them all, if one does; of more than `MOST_PROBLEMS`, the first, and how many.
+        of the config that would explain them all, if one does (of thousands of problems it is none).
         """
         config, task = config or self.config, task or self.task
         may_lack, left_over = tuple(may_lack), set(may_have) - shapes(config, task).keys()
@@ -100,9 +99,8 @@ class Checkpoint:
         try:
             check_shapes(found, config, task, source=self.source, may_lack=may_lack)
         except CheckpointError as error:
-            listed, left = error.problems[:MOST_PROBLEMS], len(error.problems) - MOST_PROBLEMS
-            hints = _switch_hints(found, config, task, may_lack) if left <= 0 else [f"and {left} more"]
-            raise CheckpointError(self.source, [*listed, *hints]) from None
+            hints = _switch_hints(found, config, task, may_lack) if len(error.problems) < _MOST_EXPLAINED else []
+            raise CheckpointError(self.source, [*error.problems, *hints]) from None
 
     def close(self) -> None:
         """Lets go of the files; arrays that were read stay valid."""
@@ -145,8 +143,12 @@ def open_checkpoint(
     container = CONTAINERS[format.container]
     if config is None:
         config = _published_config(path, weights, container)
-    opened = container.open(weights, format, config.replace(**overrides or {}) if config else None, verify)
-    config = (config or _config_in(opened, weights)).replace(**overrides or {})
+    if config is not None:
+        config = config.replace(**overrides or {})
+    opened = container.open(weights, format, config, verify)
+    if config is None:
+        assert opened.config is not None
+        config = opened.config().replace(**overrides or {})
     return Checkpoint(str(path), format_by_names(format, opened.files), config, opened.files)
 
 
@@ -162,14 +164,6 @@ def _published_config(source: Path, weights: Path, container: Container) -> OPTC
     if not container.has_config:
         raise _missing_config(folders[0])
     return None
-
-
-def _config_in(opened: Opened, weights: Path) -> OPTConfig:
-    assert opened.config is not None
-    try:
-        return opened.config()
-    except FileNotFoundError:  # the config.json that belongs to the weights
-        raise _missing_config(weights.parent) from None
 
 
 def _missing_config(folder: Path) -> CheckpointError:

@@ -13,6 +13,7 @@ from opt_core.json_file import read_json_object
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _LONGEST_NAME = 255  # of file systems; the shards of OPT have at most 40 letters
+_MOST_SHARDS = 10_000
 _NUMBERED = re.compile(r"-(\d{5,})-of-(\d{5,})\.")
 
 
@@ -30,6 +31,8 @@ def read_index(path: Path, suffix: str, *, first_may_be_empty: bool = False) -> 
     """
     weight_map = _weight_map(path)
     shards = _unique(weight_map.values())
+    if len(shards) > _MOST_SHARDS:
+        raise CheckpointError(str(path), [f"weight_map: expected at most {_MOST_SHARDS} files, got {len(shards)}"])
     problems = [
         problem for shard in shards for problem in (_name_problems(shard, suffix) or file_problems(path, shard))
     ]

@@ -14,9 +14,9 @@ from typing import IO, Any, BinaryIO, NamedTuple
 
 from conversion.stored import DTYPES, StoredTensor
 from opt_core.errors import CheckpointError, raise_if
-from opt_core.json_file import MAX_JSON_BYTES, unique_keys
+from opt_core.json_file import unique_keys
 
-MAX_HEADER_BYTES = MAX_JSON_BYTES  # the format allows 100 MB; OPT's largest, 1540 tensors, takes 0.3 MB
+MAX_HEADER_BYTES = 1 << 22  # the format allows 100 MB; OPT's largest, 1540 tensors, takes 0.3 MB
 ALIGNMENT = 64  # of the first tensor in files that are written
 
 _TO_NAME = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}

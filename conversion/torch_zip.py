@@ -24,6 +24,10 @@ from opt_core.json_file import MAX_JSON_BYTES
 MAX_PICKLE_BYTES = MAX_JSON_BYTES  # OPT's largest, 1540 tensors, takes 0.3 MB
 MAX_RECORDS_BYTES = 1 << 25  # the state of an optimizer and of the data beside them
 _LEGACY_MAGIC = (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", b"\x80\x02}", b"\x80\x02c")
+MAX_DIRECTORY_BYTES = 1 << 23  # a storage takes 0.1 KB of it
+_DIRECTORY_END = struct.Struct("<12xI6x")  # of which the length of the directory is read
+_LOCATOR = struct.Struct("<8xQ4x")  # before it in large zips: where the record with the length is
+_LARGE_END = struct.Struct("<40xQ8x")
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _CHUNK_BYTES = 1 << 22
 
@@ -72,6 +76,7 @@ def _read_archive(path: Path, loads: Callable[[bytes], Any], max_bytes: int, ver
     with open(path, "rb") as file:
         _check_magic(file, path)
         try:
+            _check_directory(file, path)
             with zipfile.ZipFile(file) as archive:
                 members = _checked_members(archive, path)
                 stem = _stem(members, path)
@@ -102,6 +107,30 @@ def _check_magic(file: BinaryIO, path: Path) -> None:
             str(path), [f"expected a zip as torch.save writes it, got a file that starts with {magic!r}"]
         )
     file.seek(0)
+
+
+def _check_directory(file: BinaryIO, path: Path) -> None:
+    """`zipfile` makes an object of every entry of the directory, which is as long as its end says."""
+    size = os.fstat(file.fileno()).st_size
+    file.seek(max(0, size - _DIRECTORY_END.size - (1 << 16)))
+    tail = file.read()
+    end = len(tail) - _DIRECTORY_END.size
+    if not (tail.startswith(b"PK\x05\x06", end) and tail.endswith(b"\0\0")):  # there is a comment behind it
+        end = tail.rfind(b"PK\x05\x06")
+    lengths = [_DIRECTORY_END.unpack_from(tail, end)[0]]
+    if (locator := end - _LOCATOR.size) >= 0 and tail.startswith(b"PK\x06\x07", locator):
+        places = (_LOCATOR.unpack_from(tail, locator)[0], size - len(tail) + locator - _LARGE_END.size)
+        lengths = [_length_in_record(file, place) for place in places]  # Python's versions differ in where they look
+    if max(lengths) > MAX_DIRECTORY_BYTES:
+        text = f"directory: expected at most {MAX_DIRECTORY_BYTES} bytes, got {max(lengths)}"
+        raise CheckpointError(str(path), [text])
+    file.seek(0)
+
+
+def _length_in_record(file: BinaryIO, place: int) -> int:
+    file.seek(max(0, place))
+    record = file.read(_LARGE_END.size)
+    return _LARGE_END.unpack(record)[0] if record.startswith(b"PK\x06\x06") else 0
 
 
 def _check_byteorder(archive: zipfile.ZipFile, member: zipfile.ZipInfo | None, path: Path) -> None:

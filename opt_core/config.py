@@ -36,6 +36,8 @@ _SIZE_BOUNDS = {
     "num_attention_heads": 100_000,
 }
 
+_MOST_EXTRA_BYTES = 1 << 20  # of unknown fields, which every copy of a config copies
+
 # Published spelling -> field; the alias is read, the field is written.
 ALIASES = {"bias": "enable_bias", "dtype": "torch_dtype"}
 
@@ -120,7 +122,7 @@ class OPTConfig:
             if self.num_labels is None:
                 self.num_labels = len(self.id2label)
             if self.label2id is None:
-                self.label2id = {label: i for i, label in self.id2label.items()}
+                self.label2id = {label: i for i, label in self.id2label.items() if _is_name(label)}
 
     # -- derived sizes ------------------------------------------------------------------------------------------------
 
@@ -188,6 +190,8 @@ class OPTConfig:
                 f"activation_function: expected one of {', '.join(ACTIVATIONS)} or a callable, "
                 f"got {self.activation_function!r}"
             )
+        if not (self.architectures is None or _are_texts(self.architectures)):
+            problems.append(f"architectures: expected a list of names or null, got {self.architectures!r}")
         if self.torch_dtype is not None and self.torch_dtype not in DTYPES:
             problems.append(f"torch_dtype: expected one of {', '.join(DTYPES)}, got {self.torch_dtype!r}")
         return problems
@@ -212,6 +216,8 @@ class OPTConfig:
             problems.append(f"num_labels: expected a positive integer, got {self.num_labels!r}")
         elif len(self.id2label) != self.num_labels or set(self.id2label) != set(range(self.num_labels)):
             problems.append(f"id2label: expected names of the labels 0 to {self.num_labels - 1}, got {self.id2label!r}")
+        elif not all(map(_is_name, self.id2label.values())):
+            problems.append(f"id2label: expected texts or numbers for names, got {self.id2label!r}")
         if not isinstance(self.label2id, dict) and self.label2id is not None:
             problems.append(f"label2id: expected an object of name to number, got {self.label2id!r}")
         if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
@@ -251,6 +257,8 @@ class OPTConfig:
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         extra = {name: fields.pop(name) for name in list(fields) if name not in known}
         unknown = sorted(extra.keys() - _KNOWN_AND_INERT)
+        if len(json.dumps(extra, default=str)) > _MOST_EXTRA_BYTES:
+            raise ConfigError(source, [f"expected at most {_MOST_EXTRA_BYTES} bytes of fields that OPT does not have"])
         if unknown:
             logger.warning("%s: fields that OPT does not have are kept and not obeyed: %s", source, ", ".join(unknown))
         try:
@@ -309,6 +317,14 @@ def _is_int(value) -> TypeGuard[int]:
 
 def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_name(label) -> bool:
+    return isinstance(label, (str, int, float))
+
+
+def _are_texts(values) -> bool:
+    return isinstance(values, (list, tuple)) and all(isinstance(value, str) for value in values)
 
 
 def _int_if_digits(key):

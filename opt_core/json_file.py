@@ -8,10 +8,11 @@ from typing import Any
 from opt_core.errors import ConfigError
 
 MAX_JSON_BYTES = 10 * 1024 * 1024
+_MAX_DEPTH = 64
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Reads one JSON object; refuses duplicate keys, numbers that are not finite, and files over 10 MB.
+    """Reads one JSON object; refuses duplicate keys, numbers that are not finite, deep nesting, and files over 10 MB.
 
     Raises:
         ConfigError: names the file and what is wrong with it.
@@ -30,7 +31,18 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise ConfigError(str(path), [f"not valid JSON: {error}"]) from None
     if not isinstance(value, dict):
         raise ConfigError(str(path), [f"expected a JSON object, got {type(value).__name__}"])
+    if _is_deeper(value, _MAX_DEPTH):
+        raise ConfigError(str(path), [f"expected at most {_MAX_DEPTH} objects and lists in one another"])
     return value
+
+
+def _is_deeper(value, depth: int) -> bool:
+    """True where copying or printing the value could exceed the recursion limit."""
+    level = [value]
+    for _ in range(depth):
+        inner = (item for holder in level for item in (holder.values() if isinstance(holder, dict) else holder))
+        level = [item for item in inner if isinstance(item, (dict, list))]
+    return bool(level)
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

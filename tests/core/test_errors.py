@@ -26,6 +26,22 @@ def test_several_problems_are_counted_and_listed():
     assert error.title == "folder"
 
 
+def test_of_very_many_problems_the_message_has_the_first_and_their_number():
+    error = CheckpointError("folder", (f"{number}: missing" for number in range(5003)))
+    lines = str(error).splitlines()
+    assert lines[0] == "folder: 5003 problems"
+    assert lines[-2:] == ["  - 999: missing", "  - and 4003 more"]
+    assert len(error.problems) == 5003
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_is_quoted_neither_acts_on_a_terminal_nor_fills_it(count):
+    text = str(CheckpointError("folder", ["\x1b[2J\ud800\n\u202ename: " + "x" * 10**6] * count))
+    assert text.isprintable() or count == 2
+    assert "\\x1b[2J\\ud800\\n\\u202ename: xxx" in text
+    assert len(text) < 10_100 * count
+
+
 @pytest.mark.parametrize("kind", [ConfigError, CheckpointError, InputError, KeywordError])
 def test_every_kind_is_a_value_error_and_survives_pickling(kind):
     error = kind("title", ["x: one", "y: two"])

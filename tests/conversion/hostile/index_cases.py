@@ -124,12 +124,14 @@ NAMES = [
     ("a name that writes right to left", "w\u202e.safetensors"),
     ("a list", ["model-00001-of-00003.safetensors"]),
 ]
+MANY = json.dumps({"weight_map": {f"{number:x}": f"{number:x}.safetensors" for number in range(200_000)}})
 TEXTS = [
     ("an empty index", "", "not valid JSON"),
     ("an index that ends early", "{", "not valid JSON"),
     ("an index without a map", "{}", "weight_map: expected an object"),
     ("an empty map", '{"weight_map": {}}', "weight_map: expected an object"),
     ("a map that is a list", '{"weight_map": ["a"]}', "weight_map: expected an object"),
+    ("200,000 shards", MANY, "expected at most 10000 files, got 200000"),
     ("a name twice", '{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "duplicate key 'a'"),
     ("a map twice", '{"weight_map": {}, "weight_map": {}}', "duplicate key 'weight_map'"),
     ("lists in one another", '{"weight_map": ' + "[" * 100_000, "not valid JSON"),

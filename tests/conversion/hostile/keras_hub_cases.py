@@ -131,8 +131,8 @@ CONFIGS = [
     (
         "a task in a task",
         written(CONFIG, '{"class_name":"OPTCausalLM","config":{"backbone":' * 400 + "7" + "}}" * 400),
-        "class_name",
-        "expected OPTBackbone",
+        CONFIG,
+        "expected at most 64 objects and lists",
     ),
     (
         "a vocabulary that is no JSON",

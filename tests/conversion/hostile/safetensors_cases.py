@@ -71,9 +71,10 @@ def declared(shape: list[int]) -> Callable[[Path], None]:
 
 
 DEEP = b'{"a":' * 100_000
+MANY = with_header(b"{" + b",".join(b'"%x":{}' % number for number in range(300_000)) + b"}")
 HEADERS = [
     ("a header longer than any", holding(struct.pack("<Q", 2**63) + b"{}"), FILE, "header: expected at most"),
-    ("a header longer than 10 MB", holding(struct.pack("<Q", 2**24) + b"{}" + bytes(2**24)), FILE, "expected at most"),
+    ("a header longer than 4 MB", holding(struct.pack("<Q", 2**24) + b"{}" + bytes(2**24)), FILE, "expected at most"),
     ("a header longer than the file", holding(struct.pack("<Q", 99) + b"{}"), FILE, "truncated: the header says 99"),
     ("three bytes", holding(b"\1\2\3"), FILE, "got 3 bytes"),
     ("a list as a header", with_header(b"[]"), FILE, "expected a JSON object, got list"),
@@ -82,6 +83,8 @@ HEADERS = [
     ("lists in one another as a header", with_header(b"[" * 200_000), FILE, "not valid JSON"),
     ("objects in one another as a header", with_header(DEEP), FILE, "not valid JSON"),
     ("a number of 5000 digits as a header", with_header(b'{"a":' + b"9" * 5000 + b"}"), FILE, "not valid JSON"),
+    ("a million lists", with_header(b'{"a":[' + b"[]," * 1_300_000 + b"[]]}"), FILE, "a: expected an object of dtype"),
+    ("300,000 entries", MANY, FILE, "300000 problems"),
     ("no tensors", with_header(b"{}"), "decoder.embed_tokens.weight", "missing, expected"),
     (
         "metadata that is a number",
@@ -154,6 +157,8 @@ DTYPES = [
     ("a path as a name", renamed("../../etc/passwd"), "../../etc/passwd", "not a weight of OPT"),
     ("a name of nothing", renamed(""), ": not a weight", "not a weight of OPT"),
     ("a name of a megabyte", renamed("x" * 2**20), "xxxx", "not a weight of OPT"),
+    ("a name that clears the screen", renamed("\x1b[2Jdecoder"), r"\x1b[2Jdecoder", "not a weight of OPT"),
+    ("half a character in a name", renamed("\ud800decoder"), r"\ud800decoder", "not a weight of OPT"),
     ("a name with a line break", renamed("decoder\nlayers"), "decoder", "not a weight of OPT"),
     (
         "a weight under two names",

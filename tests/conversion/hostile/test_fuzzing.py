@@ -1,6 +1,7 @@
 """Whatever happens to the bytes of a valid file, it is read as declared or refused in our words: no crash, no hang."""
 
 import contextlib
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from hypothesis import strategies as st
 from hostile.bases import BASES
 from hostile.mutation import edits, mutated
 from hostile.worker import MEGABYTES, SECONDS, Worker
+from opt_core import OPTConfig
+from opt_core.config import ALIASES
+from opt_core.errors import ConfigError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
 
@@ -63,6 +67,20 @@ def fuzz(base: str, folder: Path, examples: int, **options) -> None:
 @pytest.mark.parametrize("base", BASES)
 def test_damaged_bytes_are_read_as_declared_or_refused(base, tmp_path):
     fuzz(base, tmp_path / "source", 100, derandomize=True, phases=[Phase.generate])
+
+
+names = st.sampled_from([*(field.name for field in dataclasses.fields(OPTConfig)), *ALIASES, "model_type", "more"])
+leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
+keys = st.text(max_size=3) | st.sampled_from(["0", "1"])
+values = st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3))
+
+
+@settings(max_examples=300, derandomize=True, phases=[Phase.generate], **QUIET)
+@given(fields=st.dictionaries(names, values, max_size=4))
+def test_a_config_of_any_values_is_read_or_refused(fields):
+    with contextlib.suppress(ConfigError):
+        config = OPTConfig.from_dict(fields)
+        assert OPTConfig.from_dict(config.replace(torch_dtype="float16").to_dict()).torch_dtype == "float16"
 
 
 @pytest.mark.slow

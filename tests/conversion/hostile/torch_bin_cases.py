@@ -123,6 +123,24 @@ def patched(find: bytes, put: bytes, last: bool = False) -> Callable[[Path], Non
     return damage
 
 
+def many_members(count: int, is_large: bool = False) -> Callable[[Path], None]:
+    """A zip of one member, in whose directory are `count`; a large one says so in another record."""
+
+    def damage(folder: Path) -> None:
+        local = struct.pack("<4s5H3I2H", b"PK\3\4", 20, 0, 0, 0, 0, 0, 0, 0, 6, 0) + b"000000"
+        entry = struct.pack("<4s6H3I5H2I", b"PK\1\2", 20, 20, 0, 0, 0, 0, 0, 0, 0, 6, 0, 0, 0, 0, 0, 0)
+        directory = b"".join(entry + b"%06x" % number for number in range(count))
+        end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 65535, 65535, len(directory), len(local), 0)
+        if is_large:
+            start = len(local) + len(directory)
+            end = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, len(directory), len(local))
+            end += struct.pack("<4sIQI", b"PK\6\7", 0, start, 1)
+            end += struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 65535, 65535, 2**32 - 1, 2**32 - 1, 0)
+        weight_file(folder).write_bytes(local + directory + end)
+
+    return damage
+
+
 NESTED = b"\x80\x02}(" + b")" + b"\x85" * 1_000_000 + b"Nu."
 PAYLOADS = [
     *(
@@ -223,6 +241,9 @@ ZIPS = [
         "model.decoder.embed_tokens.weight",
         "expected a storage of 8888",
     ),
+    ("a million members", many_members(10**6), "directory", "expected at most 8388608 bytes, got 52000000"),
+    ("a million members of a large zip", many_members(10**6, True), "directory", "expected at most 8388608 bytes"),
+    ("a hundred members of a large zip", many_members(100, True), FILE, "expected one data.pkl in the zip"),
     ("big-endian numbers", member("byteorder", b"big"), "byteorder", "expected little"),
     ("no pickle", rebuilt(lambda name, data: [(name.replace(".pkl", ".txt"), data)]), FILE, "expected one data.pkl"),
     ("a pickle of 11 MB", member("data.pkl", b"\x80\x02" + b"N0" * 5_767_168 + b"N."), "data.pkl", "expected at most"),
