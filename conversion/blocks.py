@@ -1,18 +1,20 @@
 """Arrays piece by piece: in row-major order, whatever their strides and parts, without a copy of the whole.
 
 Transposing is done in tiles that fit the caches: of a [4096, 16384] matrix it is four to eight times as fast as NumPy's
-copy of the whole. Bits are moved as integers, since NumPy copies ml_dtypes' numbers one by one. Files are not its
-business.
+copy of the whole. Bits are moved as integers, since NumPy copies ml_dtypes' numbers one by one. Buffers are used again:
+fresh memory costs as much time, in which Linux clears it, as the transposing. Files are not its business.
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 
 import ml_dtypes
 import numpy as np
 
 _RUN_BYTES = 1 << 20  # of a piece that is a view
-_BUFFER_BYTES = 1 << 23  # of a piece that is a copy
+_BUFFER_BYTES = 1 << 21  # of a piece that is a copy: what a core's second cache holds
 _TILE = (256, 64)  # rows and columns; a column of the tile is a run of the source
+_free_buffers: list[np.ndarray] = []  # as many as there were at work at once
 _INTEGERS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -86,11 +88,25 @@ def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:
 def _blocks_of_matrix(matrix: np.ndarray) -> Iterator[np.ndarray]:
     columns = matrix.shape[1]
     rows = min(len(matrix), max(1, _BUFFER_BYTES // (columns * matrix.itemsize)))
-    buffer = np.empty((rows, columns), matrix.dtype)
-    for start in range(0, len(matrix), rows):
-        part = matrix[start : start + rows]
-        _copy_in_tiles(buffer[: len(part)], part)
-        yield buffer[: len(part)].reshape(-1)
+    with _buffer(rows * columns * matrix.itemsize) as memory:
+        buffer = memory.view(matrix.dtype).reshape(rows, columns)
+        for start in range(0, len(matrix), rows):
+            part = matrix[start : start + rows]
+            _copy_in_tiles(buffer[: len(part)], part)
+            yield buffer[: len(part)].reshape(-1)
+
+
+@contextlib.contextmanager
+def _buffer(nbytes: int) -> Iterator[np.ndarray]:
+    """Memory for one iteration alone, of any thread."""
+    try:
+        buffer = _free_buffers.pop()
+    except IndexError:
+        buffer = np.empty(_BUFFER_BYTES, np.uint8)
+    try:
+        yield buffer[:nbytes] if nbytes <= buffer.size else np.empty(nbytes, np.uint8)
+    finally:
+        _free_buffers.append(buffer)
 
 
 def _copy_in_tiles(target: np.ndarray, source: np.ndarray) -> None:

@@ -131,7 +131,7 @@ def as_bytes(block: np.ndarray) -> memoryview:
     return block.view(np.uint8).data
 
 
-def differing_weights(checkpoint: Checkpoint, manifest: Manifest, progress=None) -> list[str]:
+def differing_weights(checkpoint: Checkpoint, manifest: Manifest) -> list[str]:
     """The names of all weights that are not, or not as, in the manifest; reads every weight once."""
     differing = [name for name in manifest.weights if name not in checkpoint.shapes]
     hashes = {}

@@ -88,16 +88,15 @@ def write_checkpoint(
     json_config = _config_to_write(config, task, planned)
     json_config.to_dict()  # a config that JSON cannot hold fails before anything is written
     advance = _progress(progress, (1 + verify) * parts * sum(item.tensor.nbytes for item in planned))
-    with staging(target) as staged, Background() as background:
-        stream = Stream(source, planned, parts, background, advance)
-        _write_weights(staged.folder, to, planned, stream, json_config, largest)
-        records = stream.finish(allow_nonfinite=allow_nonfinite)
-        _write_beside(staged.folder, to, json_config, task, tokenizer_folder)
-        write_manifest(staged.folder, Manifest(format, task, records))
-        synced = background.submit([], staged.sync)
-        if verify:
-            verify_written(staged.folder, records, source, _skipped_rows(planned), advance)
-        synced.result()
+    with staging(target) as staged:
+        with staged.synced(), Background() as background:
+            stream = Stream(source, planned, parts, background, advance)
+            _write_weights(staged.folder, to, planned, stream, json_config, largest)
+            records = stream.finish(allow_nonfinite=allow_nonfinite)
+            _write_beside(staged.folder, to, json_config, task, tokenizer_folder)
+            write_manifest(staged.folder, Manifest(format, task, records))
+            if verify:
+                verify_written(staged.folder, records, source, _skipped_rows(planned), advance)
         return staged.publish(replaced=is_of_a_checkpoint, last=CONFIG_NAME)
 
 

@@ -1,14 +1,16 @@
-"""`opt-zoo inspect`: what a checkpoint holds, from its headers and config alone; no weight is read."""
+"""`opt-zoo inspect`: what a checkpoint holds, from its headers and config alone; no weight is read unless asked for."""
 
 import argparse
 import math
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
 from conversion import Checkpoint, open_checkpoint, resolve
+from conversion.manifest import differing_weights, read_manifest
 from conversion.stored import DTYPES
 from opt_core.errors import CheckpointError
 from opt_zoo.console import print_json, stdout_console
@@ -16,20 +18,26 @@ from opt_zoo.sources import add_source, display_name, find_source
 
 SUMMARY = "show what a checkpoint holds"
 DESCRIPTION = """Shows the config, the class, the format, dtypes and sizes of a checkpoint, and whether its tensors are
-those that its config asks for. Exit code 2 where they are not."""
+those that its config asks for. Exit code 2 where they are not, or with --verify where a weight is another."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_source(parser)
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
+    parser.add_argument(
+        "--verify", action="store_true", help="read every weight and compare it with its hash in the manifest"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, with every tensor")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the description; returns 0 for a whole checkpoint, 2 for one that does not fit its config."""
     source = find_source(args.source, args.model)
-    with open_checkpoint(resolve(source)) as checkpoint:
+    path = resolve(source)
+    with open_checkpoint(path) as checkpoint:
         description = describe(checkpoint, display_name(source))
+        if args.verify:
+            description["problems"] += _differing(checkpoint, path)
     if args.json:
         print_json(description)
     else:
@@ -60,6 +68,11 @@ def _problems(checkpoint: Checkpoint) -> list[str]:
     except CheckpointError as error:
         return list(error.problems)
     return []
+
+
+def _differing(checkpoint: Checkpoint, path: Path) -> list[str]:
+    text = "expected what its hash in the manifest says, got other values"
+    return [f"{name}: {text}" for name in differing_weights(checkpoint, read_manifest(path))]
 
 
 def print_description(description: dict[str, Any], *, with_tensors: bool = False) -> None:

@@ -1,10 +1,17 @@
 """`opt-zoo inspect`."""
 
 import json
+import os
+import subprocess
+import sys
 
+import pytest
 from harness import config_of, save_random
 
-from opt_core.schema import parameter_count, shapes
+from conversion.index import plan_shards, shard_name
+from conversion.safetensors_file import PlannedTensor, write_file
+from opt_core import OPTConfig
+from opt_core.schema import parameter_count, published_name, shapes
 
 
 def test_inspect_counts_what_the_schema_counts(opt_zoo, tmp_path):
@@ -50,3 +57,49 @@ def test_inspect_of_a_weight_file_is_inspect_of_its_folder(opt_zoo, checkpoint):
     of_file, of_folder = (json.loads(opt_zoo("inspect", s, "--json")[1])["tensors"] for s in
                           (checkpoint / "model.safetensors", checkpoint))  # fmt: skip
     assert of_file == of_folder
+
+
+def test_with_verify_a_weight_that_is_not_as_the_manifest_says_is_named(opt_zoo, tmp_path):
+    folder = save_random(tmp_path / "checkpoint", config_of())
+    assert opt_zoo("inspect", folder, "--verify")[0] == 0
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(weights)
+    assert opt_zoo("inspect", folder)[0] == 0  # no weight is read
+    code, out, _ = opt_zoo("inspect", folder, "--verify", "--json")
+    (problem,) = json.loads(out)["problems"]
+    assert (code, problem.partition(": ")[2]) == (2, "expected what its hash in the manifest says, got other values")
+    (folder / "opt_manifest.json").unlink()
+    assert opt_zoo("inspect", folder, "--verify")[0] == 2
+
+
+@pytest.fixture
+def folder_of_66b(tmp_path):
+    """Shards of 5 GB as they are published, whose weights are holes in the files."""
+    config = OPTConfig.preset("opt-66b", torch_dtype="float16", architectures=["OPTForCausalLM"])
+    tensors = [
+        PlannedTensor(published_name(name, "causal-lm"), "float16", shape) for name, shape in shapes(config).items()
+    ]
+    shards = plan_shards({tensor: tensor.nbytes for tensor in tensors}, 5 * 10**9)
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        name = shard_name("model", ".safetensors", number, len(shards))
+        weight_map.update({tensor.name: name for tensor in shard})
+        with open(tmp_path / name, "wb") as file:
+            write_file(file, shard, lambda file, tensor: file.seek(tensor.nbytes, os.SEEK_CUR))
+            file.truncate()
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    config.to_json(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.skipif(not hasattr(os, "wait4"), reason="needs os.wait4")
+def test_a_66b_checkpoint_takes_less_than_a_second_in_a_new_process(folder_of_66b):
+    command = [sys.executable, "-m", "opt_zoo", "inspect", str(folder_of_66b)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        out = process.stdout.read()
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    assert f"{parameter_count(OPTConfig.preset('opt-66b')):,}" in out
+    assert used.ru_utime + used.ru_stime < 1.0  # of its own, whatever else the machine does
