@@ -2,7 +2,7 @@
 
 from opt_core.config import OPTConfig
 
-__all__ = ["OPTConfig", "OPTTokenizer"]
+__all__ = ["GenerationConfig", "OPTConfig", "OPTTokenizer"]
 
 
 def __getattr__(name: str):
@@ -10,4 +10,8 @@ def __getattr__(name: str):
         from opt_core.tokenizer import OPTTokenizer
 
         return OPTTokenizer
+    if name == "GenerationConfig":  # imports NumPy
+        from opt_core.generation_config import GenerationConfig
+
+        return GenerationConfig
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -131,7 +131,9 @@ def _largest(totals_X: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]
 
 def _drawn(totals_X: np.ndarray, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """As many indices as there are numbers, drawn without replacement; where too few are left, dead beams."""
-    drawn = draw_without_replacement(np.exp(totals_X.astype(np.float64) - totals_X.max()), uniforms)
+    left = np.flatnonzero(totals_X > -np.inf)
+    totals = totals_X[left].astype(np.float64)
+    drawn = left[draw_without_replacement(np.exp(totals - totals.max()), uniforms)]
     dead = len(uniforms) - len(drawn)
     scores = np.concatenate([totals_X[drawn], np.full(dead, -np.inf, np.float32)])
     return np.concatenate([drawn, np.zeros(dead, np.int64)]), scores

@@ -89,10 +89,10 @@ class Typical:
             probabilities = softmax(scores_V[left])
             surprises = -np.log(np.maximum(probabilities, np.finfo(np.float64).tiny))
             distances = np.abs(surprises - (probabilities * surprises).sum())
-            order = np.argsort(distances, kind="stable")
-            last = int(np.count_nonzero(np.cumsum(probabilities[order]) < self.mass))
-            last = min(max(last, self.keep - 1), len(left) - 1)
-            scores_RV[row, left[distances > distances[order[last]]]] = -np.inf
+            nearest = np.argsort(distances)  # unstable, and need not be: equal distances stay or go together
+            last = int(np.count_nonzero(np.cumsum(probabilities[nearest]) < self.mass))
+            last = min(max(last, self.keep - 1), len(nearest) - 1)
+            scores_RV[row, left[distances > distances[nearest[last]]]] = -np.inf
         return scores_RV
 
 
