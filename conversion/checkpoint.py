@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from conversion.assembly import find_weights
-from conversion.containers import CONTAINERS, Container, Opened
+from conversion.containers import CONTAINERS, Container
 from conversion.formats import Format
 from conversion.names import task_of
 from conversion.recognition import format_by_names, format_of, weight_files

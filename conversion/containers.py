@@ -160,7 +160,7 @@ CONTAINERS = {
         "HDF5 as Keras 3 writes it",
         _open_keras_hub,
         has_config=True,
-        write=_plainly(keras_hub_weights.write_file),
+        write_folder=keras_hub_weights.write_folder,
         files_beside=_keras_hub_files,
     ),
     "ctranslate2": Container("model.bin of CTranslate2", _open_ctranslate2, has_config=True),

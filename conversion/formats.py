@@ -166,7 +166,8 @@ def losses(format: Format, config: OPTConfig, task: str) -> list[str]:
         f"{weight.name}: {format.name} has no place for rows 0 to {rule.skip_rows - 1}, which no real token uses; "
         "they read back as zeros"
         for weight in weights(config, task)
-        if (rule := _matching_rule(format, weight.name)[0]).skip_rows
+        for rule in format.rules
+        if rule.skip_rows and rule.match(weight.name)
     ]
 
 

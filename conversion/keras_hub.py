@@ -185,11 +185,16 @@ _TOKENIZER = _serialized(
 
 
 def _tokenizer_assets(folder: Path) -> dict[str, str]:
-    vocabulary = read_json_object(folder / "vocab.json")
+    from opt_core.tokenizer_files import bpe_files  # the tokenizers library takes its time
+
+    found = bpe_files(folder)
+    if found is None:
+        raise CheckpointError(str(folder), ["expected vocab.json and merges.txt of a tokenizer, got not both"])
+    vocabulary = read_json_object(found[0])
     missing = [token for token in ("</s>", "<pad>") if token not in vocabulary]
     problems = [f"{token}: missing in the vocabulary, KerasHub's tokenizer needs it" for token in missing]
-    raise_if(CheckpointError, str(folder / "vocab.json"), problems)
-    merges = (folder / "merges.txt").read_text(encoding="utf-8")
+    raise_if(CheckpointError, str(found[0]), problems)
+    merges = found[1].read_text(encoding="utf-8")
     if merges.startswith("#version:"):
         merges = merges.partition("\n")[2]
     return {VOCABULARY_NAME: json.dumps(vocabulary), MERGES_NAME: merges}

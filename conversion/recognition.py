@@ -147,6 +147,8 @@ def format_of(path: Path) -> Format:
     Raises:
         CheckpointError: neither name nor content is known, or they disagree.
     """
+    if path.name.endswith(".weights.json"):
+        return FORMATS["keras-hub"]
     known = [format for format in FORMATS.values() if format.container in CONTAINERS]
     named = [f for f in known if f.suffix and path.name.endswith((f.suffix, f.suffix + _INDEX_SUFFIX))]
     weights = _first_shard(path, named[0].suffix) if named and path.name.endswith(_INDEX_SUFFIX) else path
@@ -190,15 +192,28 @@ def _containers_of(path: Path) -> tuple[str, ...]:
         end = file.read()
     if end == _SSTABLE_MAGIC:
         return ("tensor-bundle",)
+    if magic.startswith(b"PK\x03\x04") and path.name.endswith(".keras"):
+        return ("keras-h5",)
     if magic.startswith(b"PK\x03\x04"):
         return ("torch-zip",) if not path.name.endswith(".pt") or _has_published_names(path) else ("metaseq",)
     if magic.startswith(b"\x89HDF\r\n\x1a\n"):
-        return ("keras-h5",) if path.name.endswith(".weights.h5") else ("h5",)
+        return (_container_of_hdf5(path),)
     if magic[8:9] == b"{":
         return ("safetensors",)
     if magic[6:].startswith(_CT2_SPEC):
         return ("ctranslate2",)
     return ("msgpack",) if _starts_a_map(magic) else ()
+
+
+def _container_of_hdf5(path: Path) -> str:
+    """Keras 2 lists the layers in an attribute; a damaged file goes by its name."""
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            return "h5" if {"layer_names", "layer_names0"} & file.attrs.keys() else "keras-h5"
+    except Exception:  # h5py raises what HDF5 reports as one of half a dozen types
+        return "keras-h5" if path.name.endswith(".weights.h5") else "h5"
 
 
 def _has_published_names(path: Path) -> bool:

@@ -1,7 +1,8 @@
 """The files of a tokenizer: find them, read them, check them, write them. Nothing here encodes text.
 
 Read are `tokenizer.json`, or else `vocab.json` with `merges.txt`; beside them `tokenizer_config.json`,
-`special_tokens_map.json` and `added_tokens.json`, in the layout of Hugging Face transformers 4.57.6.
+`special_tokens_map.json` and `added_tokens.json`, in the layout of Hugging Face transformers 4.57.6. Of a KerasHub
+preset, whose `tokenizer.json` is another kind of file, the vocabulary and the merges among its assets are read.
 """
 
 import json
@@ -25,6 +26,7 @@ from opt_core.tokenizer_template import Template, post_processor_of, template_of
 VOCAB, MERGES, TOKENIZER = "vocab.json", "merges.txt", "tokenizer.json"
 CONFIG, SPECIAL_TOKENS, ADDED_TOKENS = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 FILES = (VOCAB, MERGES, TOKENIZER, CONFIG, SPECIAL_TOKENS, ADDED_TOKENS)
+PRESET_FILES = ("assets/tokenizer/vocabulary.json", "assets/tokenizer/merges.txt")  # of KerasHub
 
 _SHOWN = 5  # of many problems of one kind, how many are spelt out
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -68,10 +70,23 @@ def _fetch(source: str | Path, subfolder: str | None, hub_options: Mapping[str, 
         raise ImportError(f"{source}: a hub id needs huggingface_hub; pip install huggingface_hub") from None
     prefix = f"{subfolder}/" if subfolder else ""
     try:
-        return Path(snapshot_download(str(source), allow_patterns=[prefix + name for name in FILES], **hub_options))
+        wanted = [prefix + name for name in (*FILES, *PRESET_FILES)]
+        return Path(snapshot_download(str(source), allow_patterns=wanted, **hub_options))
     except (OSError, ValueError) as error:
         problem = f"source: no folder of that name here, and the hub gave {type(error).__name__}: {error}"
         raise TokenizerError(str(source), [problem]) from error
+
+
+def bpe_files(folder: Path) -> tuple[Path, Path] | None:
+    """The vocabulary and the merges in a folder or a KerasHub preset; None where not both are there."""
+    published, preset = ((folder / vocab, folder / merges) for vocab, merges in ((VOCAB, MERGES), PRESET_FILES))
+    return next((pair for pair in (published, preset) if all(path.is_file() for path in pair)), None)
+
+
+def is_preset(folder: Path) -> bool:
+    """True where a folder has the tokenizer of a KerasHub preset and no other vocabulary."""
+    found = bpe_files(folder)
+    return found is not None and found[0] != folder / VOCAB
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -83,10 +98,12 @@ def read_tokenizer(folder: Path) -> TokenizerParts:
     Raises:
         TokenizerError: names the file, and what it should hold.
     """
+    if is_preset(folder):
+        return TokenizerParts(build_backend(*(folder / name for name in PRESET_FILES)), source=str(folder))
     if (folder / TOKENIZER).is_file():
         parts = _read_tokenizer_json(folder / TOKENIZER)
-    elif (folder / VOCAB).is_file() and (folder / MERGES).is_file():
-        parts = TokenizerParts(build_backend(folder / VOCAB, folder / MERGES))
+    elif pair := bpe_files(folder):
+        parts = TokenizerParts(build_backend(*pair))
     else:
         found = ", ".join(name for name in FILES if (folder / name).is_file()) or "none of them"
         raise TokenizerError(str(folder), [f"expected {TOKENIZER}, or {VOCAB} and {MERGES}, got {found}"])

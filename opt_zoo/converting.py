@@ -7,6 +7,7 @@ from pathlib import Path
 
 from conversion import open_checkpoint, resolve, write_checkpoint
 from conversion.containers import CONTAINERS
+from conversion.difference import differing_fields
 from conversion.formats import FORMATS, losses
 from conversion.write import CLASSES, is_of_a_checkpoint
 from opt_core.config import DTYPES
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _write(source: str, opened: Path, target: Path, args: argparse.Namespace) -> tuple[list[Path], list[str]]:
     """The files written, and what changes on the way."""
-    from opt_core.tokenizer_files import MERGES, VOCAB
+    from opt_core.tokenizer_files import bpe_files
 
     format = FORMATS[ALIASES.get(args.to, args.to)]
     folder = _side_folder(source)
@@ -76,12 +77,15 @@ def _write(source: str, opened: Path, target: Path, args: argparse.Namespace) ->
             dtype=args.dtype,
             parts=args.parts,
             max_shard_size=args.max_shard_size,
-            tokenizer_folder=folder if folder and {VOCAB, MERGES} <= _names_in(folder) else None,
+            tokenizer_folder=folder if folder and bpe_files(folder) else None,
             overwrite=args.overwrite,
             verify=args.verify,
             allow_nonfinite=args.allow_nonfinite,
             progress=progress,
         )
+        with open_checkpoint(target) as read_back:
+            changed = differing_fields(checkpoint.config, read_back.config)
+    notes += [f"{name}: {was} reads back as {now}" for name, (was, now) in changed.items()]
     has_own_tokenizer = CONTAINERS[format.container].files_beside is not None
     if folder:
         written += copy_side_files(folder, target, with_tokenizer=not has_own_tokenizer)
@@ -128,16 +132,21 @@ def _side_folder(source: str) -> Path | None:
         return None
 
 
-def _names_in(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-
-
 def copy_side_files(folder: Path, target: Path, *, with_tokenizer: bool) -> list[Path]:
-    """Copies `SIDE_FILES`, and those of the tokenizer, where the folder has them; returns the copies."""
-    from opt_core.tokenizer_files import FILES
+    """Copies `SIDE_FILES`, and those of the tokenizer, where the folder has them; returns the copies.
 
-    names = (*FILES, *SIDE_FILES) if with_tokenizer else SIDE_FILES
-    return [Path(shutil.copyfile(folder / name, target / name)) for name in names if (folder / name).is_file()]
+    The tokenizer of a KerasHub preset gets the published names.
+    """
+    from opt_core.tokenizer_files import FILES, MERGES, PRESET_FILES, VOCAB, is_preset
+
+    if not with_tokenizer:
+        names = {name: name for name in SIDE_FILES}
+    elif is_preset(folder):
+        names = {**dict(zip(PRESET_FILES, (VOCAB, MERGES), strict=True)), **{name: name for name in SIDE_FILES}}
+    else:
+        names = {name: name for name in (*FILES, *SIDE_FILES)}
+    found = {name: copy for name, copy in names.items() if (folder / name).is_file()}
+    return [Path(shutil.copyfile(folder / name, target / copy)) for name, copy in found.items()]
 
 
 def _print_written(source: str, target: Path, written: list[Path], notes: list[str], *, as_json: bool) -> None:

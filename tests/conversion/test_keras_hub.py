@@ -226,6 +226,15 @@ def test_a_keras_archive_is_read(tmp_path, backbone, whole):
     file = open_file(path)
     assert_same(file, STORED)
     assert preset_config(path) == CONFIG
+    with open_checkpoint(path) as checkpoint:
+        checkpoint.check(CONFIG)
+        assert checkpoint.format == "keras-hub"
+
+
+def test_an_index_is_opened_by_its_name(tmp_path, backbone):
+    backbone.save_to_preset(str(tmp_path), max_shard_size=11e3 / 1024**3)
+    with open_checkpoint(tmp_path / INDEX_NAME) as checkpoint:
+        checkpoint.check(CONFIG)
 
 
 def test_what_training_keeps_is_left_out(tmp_path):
