@@ -13,8 +13,10 @@ from checkpoints import assert_holds
 from conversion import open_checkpoint
 from hostile.bases import BASES, CONFIG, TENSORS, make_base, weight_files
 from hostile.case import RULES, Case
+from hostile.config_cases import field
 from hostile.corpus import CASES
 from hostile.examination import convert
+from hostile.metaseq_cases import paying
 from hostile.torch_bin_cases import BIAS, flipped, pickled, state_pickle
 from hostile.value_cases import WARNINGS
 from hostile.worker import MEGABYTES, SECONDS, Worker
@@ -157,6 +159,29 @@ def test_a_config_may_be_given_where_there_is_none(base):
     (base / "config.json").unlink()
     with open_checkpoint(base, config=CONFIG) as checkpoint:
         assert_holds(checkpoint, TENSORS)
+
+
+@pytest.mark.parametrize("base", ["metaseq raw", "metaseq unflattened"], indirect=True)
+def test_a_call_beside_what_is_read_is_passed_over_and_not_made(base, tmp_path):
+    paying("extra_state")(base)
+    convert(base, tmp_path / "target")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("base", ["safetensors"], indirect=True)
+def test_code_that_a_config_names_is_not_looked_at(base, tmp_path):
+    code = {"AutoModelForCausalLM": "modeling.OPT"}
+    field("auto_map", code)(base)
+    (base / "modeling.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
+    convert(base, tmp_path / "target")
+    assert not (tmp_path / "executed").exists()
+    assert not (tmp_path / "target" / "modeling.py").exists()
+
+
+@pytest.mark.parametrize("base", ["saved-model"], indirect=True)
+def test_the_program_of_a_saved_model_is_not_looked_at(base, tmp_path):
+    (base / "saved_model.pb").write_bytes(b"\xff" * 100)
+    convert(base, tmp_path / "target")
 
 
 # -- what no damage to one checkpoint brings about --------------------------------------------------------------------

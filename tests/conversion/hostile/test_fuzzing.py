@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from hostile.bases import BASES
 from hostile.mutation import edits, mutated
+from hostile.sealing import SEALED
 from hostile.worker import MEGABYTES, SECONDS, Worker
 from opt_core import OPTConfig
 from opt_core.config import ALIASES
@@ -34,29 +35,56 @@ def small_checkpoint(base: str, folder: Path) -> dict[Path, bytes]:
 
 
 @contextlib.contextmanager
-def put_back(path: Path, data: bytes):
+def put_back(files: dict[Path, bytes]):
     try:
         yield
     finally:
-        path.write_bytes(data)
+        for path, data in files.items():
+            path.write_bytes(data)
+
+
+def examined(worker: Worker, folder: Path, verify: bool) -> None:
+    outcome = worker.run(folder, opening=dict(verify=verify))
+    assert outcome.is_allowed, f"{outcome.kind}: {outcome.text}"
+    assert outcome.seconds < SECONDS
+    assert outcome.megabytes < MEGABYTES
 
 
 def fuzz(base: str, folder: Path, examples: int, **options) -> None:
     """Damages one file of a checkpoint at a time, and examines the folder in another process."""
     files = small_checkpoint(base, folder)
-    worker = Worker(warm_up=folder)
     weights = [path for path in files if path.suffix != ".json"]
+    worker = Worker(warm_up=folder)
     assert worker.run(folder).kind == "read"
 
     @settings(max_examples=examples, **QUIET, **options)
     @given(path=st.sampled_from([*weights, *weights, *files]), changes=edits, verify=st.booleans())
     def survives(path, changes, verify):
-        with put_back(path, files[path]):
+        with put_back({path: files[path]}):
             path.write_bytes(mutated(files[path], changes))
-            outcome = worker.run(folder, opening=dict(verify=verify))
-        assert outcome.is_allowed, f"{path.name}: {outcome.kind}: {outcome.text}"
-        assert outcome.seconds < SECONDS
-        assert outcome.megabytes < MEGABYTES
+            examined(worker, folder, verify)
+
+    try:
+        survives()
+    finally:
+        worker.stop()
+
+
+def fuzz_sealed(sealed: str, folder: Path, examples: int, **options) -> None:
+    """The same, with checksums made right again."""
+    base, reseal = SEALED[sealed]
+    files = small_checkpoint(base, folder)
+    worker = Worker(warm_up=folder)
+    with put_back(files):
+        reseal(folder, bytes)
+        assert worker.run(folder, opening=dict(verify=True)).kind == "read"
+
+    @settings(max_examples=examples, **QUIET, **options)
+    @given(changes=edits)
+    def survives(changes):
+        with put_back(files):
+            reseal(folder, lambda data: mutated(data, changes))
+            examined(worker, folder, verify=False)
 
     try:
         survives()
@@ -67,6 +95,11 @@ def fuzz(base: str, folder: Path, examples: int, **options) -> None:
 @pytest.mark.parametrize("base", BASES)
 def test_damaged_bytes_are_read_as_declared_or_refused(base, tmp_path):
     fuzz(base, tmp_path / "source", 100, derandomize=True, phases=[Phase.generate])
+
+
+@pytest.mark.parametrize("sealed", SEALED)
+def test_damage_behind_checksums_is_read_as_declared_or_refused(sealed, tmp_path):
+    fuzz_sealed(sealed, tmp_path / "source", 100, derandomize=True, phases=[Phase.generate])
 
 
 names = st.sampled_from([*(field.name for field in dataclasses.fields(OPTConfig)), *ALIASES, "model_type", "more"])
@@ -87,3 +120,9 @@ def test_a_config_of_any_values_is_read_or_refused(fields):
 @pytest.mark.parametrize("base", BASES)
 def test_damaged_bytes_are_read_as_declared_or_refused_in_many_more_examples(base, tmp_path):
     fuzz(base, tmp_path / "source", 20_000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sealed", SEALED)
+def test_damage_behind_checksums_is_read_as_declared_or_refused_in_many_more_examples(sealed, tmp_path):
+    fuzz_sealed(sealed, tmp_path / "source", 20_000)
