@@ -51,7 +51,7 @@ class AssistedRows:
         self.tokens: list[list[int]] = [[] for _ in rows_R]
         self.seen: list[list[tuple]] = [[] for _ in rows_R]  # logits and scores of each token, where they are kept
         self.ended_R = np.zeros(len(rows_R), bool)
-        logits_RV = stepper.prefill(plan.input_ids, plan.real, request.capacity).logits[rows_R]
+        logits_RV = stepper.prefill(plan.input_ids, plan.real, request.plan.capacity).logits[rows_R]
         if copies > 1:
             stepper.reorder(rows_R)
         self.fed_R = plan.real.sum(1)[rows_R]

@@ -67,7 +67,7 @@ def beam_search(request: GenerationRequest, stepper: Stepper) -> GenerateOutput:
     prompt = prefix_of(plan.input_ids, plan.real, plan.pad_token_id)
     uniforms = Uniforms(request.seeds, prompts)
     rows_R = np.repeat(np.arange(prompts), beams)
-    logits_RV = stepper.prefill(plan.input_ids, plan.real, request.capacity).logits[rows_R]
+    logits_RV = stepper.prefill(plan.input_ids, plan.real, request.plan.capacity).logits[rows_R]
     stepper.reorder(rows_R)
     running = Beams.empty(prompts, beams, plan.max_new_tokens, plan.pad_token_id)
     finished = Beams.empty(prompts, beams, plan.max_new_tokens, plan.pad_token_id)

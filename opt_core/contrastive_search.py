@@ -24,7 +24,7 @@ def contrastive_tokens(request: GenerationRequest, stepper: Stepper, record: Rec
     plan, alpha = request.plan, request.settings.penalty_alpha
     assert alpha is not None  # or the strategy would be another
     prefix = prefix_of(plan.input_ids, plan.real, plan.pad_token_id)
-    logits_RV, hidden_RTE = stepper.prefill(plan.input_ids, plan.real, request.capacity, output_hidden=True)
+    logits_RV, hidden_RTE = stepper.prefill(plan.input_ids, plan.real, request.plan.capacity, output_hidden=True)
     assert hidden_RTE is not None  # asked for
     context_RSE = np.where(plan.real[..., None], _unit(hidden_RTE), 0)
     seen_RS = plan.real

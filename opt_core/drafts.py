@@ -66,7 +66,7 @@ class ModelDraft:
         self.number = request.settings.num_assistant_tokens
         plan = request.plan
         rows_R = np.repeat(np.arange(len(plan.input_ids)), request.rows_per_prompt)
-        stepper.prefill(plan.input_ids, plan.real, request.capacity)
+        stepper.prefill(plan.input_ids, plan.real, request.plan.capacity)
         if len(rows_R) > len(plan.input_ids):
             stepper.reorder(rows_R)
         self.fed_R = plan.real.sum(1)[rows_R]

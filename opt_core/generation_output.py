@@ -37,10 +37,12 @@ class Record:
         self.logits: list[np.ndarray] | None = [] if settings.output_logits else None
 
     def processed(self, prefix: Prefix, logits_RV: np.ndarray, scores_RV: np.ndarray | None = None) -> np.ndarray:
-        """The scores after the rules: those of the logits, or of `scores_RV`. Either may be written into."""
+        """The scores [R, V] after the rules: those of the logits, or of `scores_RV`, which may be written into."""
         if self.logits is not None:
             self.logits.append(logits_RV.copy())
-        scores_RV = self.apply(prefix, logits_RV if scores_RV is None else scores_RV)
+        # An array that a framework handed out may be read-only.
+        scores_RV = np.require(logits_RV if scores_RV is None else scores_RV, np.float32, ["W"])
+        scores_RV = self.apply(prefix, scores_RV)
         if self.scores is not None:
             self.scores.append(scores_RV.copy())
         return scores_RV

@@ -13,8 +13,9 @@ from opt_core.assisted import assisted_tokens
 from opt_core.beam_search import beam_search
 from opt_core.contrastive_search import contrastive_tokens
 from opt_core.errors import InputError
+from opt_core.generation_options import ASSISTED, BEAM, CONTRASTIVE
 from opt_core.generation_output import GenerateOutput, Record
-from opt_core.generation_request import ASSISTED, BEAM, CONTRASTIVE, GenerationRequest
+from opt_core.generation_request import GenerationRequest
 from opt_core.prefix import prefix_of
 from opt_core.sampling import Uniforms, choose_best, choose_sampled
 from opt_core.stepper import Stepper
@@ -66,7 +67,7 @@ def sampled_tokens(request: GenerationRequest, stepper: Stepper, record: Record)
     rows_R = np.repeat(np.arange(len(plan.input_ids)), copies)
     prefix = prefix_of(plan.input_ids, plan.real, plan.pad_token_id).take(rows_R)
     uniforms = Uniforms(request.seeds, len(plan.input_ids), copies)
-    logits_RV = stepper.prefill(plan.input_ids, plan.real, request.capacity).logits
+    logits_RV = stepper.prefill(plan.input_ids, plan.real, request.plan.capacity).logits
     if copies > 1:
         stepper.reorder(rows_R)
         logits_RV = logits_RV[rows_R]

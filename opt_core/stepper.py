@@ -16,7 +16,7 @@ class StepOutput(NamedTuple):
     tokens logits are [R, T, V] and hidden states [R, T, E].
     """
 
-    logits: np.ndarray  # float32, the caller's to write into
+    logits: np.ndarray  # float32; written into unless it is read-only, so let nothing else look at it
     hidden: np.ndarray | None = None
 
 

@@ -26,8 +26,7 @@ class ReferenceStepper:
         hidden_RTE = np.zeros((*real_RT.shape, hidden.shape[-1]))
         for row, real in enumerate(real_RT):
             hidden_RTE[row, real] = hidden[row, : real.sum()]
-        logits_RV = logits[np.arange(len(last_R)), last_R]
-        return StepOutput(logits_RV, hidden_RTE if output_hidden else None)
+        return read_only(logits[np.arange(len(last_R)), last_R], hidden_RTE if output_hidden else None)
 
     def step(self, tokens_RT, *, output_hidden=False) -> StepOutput:
         assert len(tokens_RT) == len(self.texts)
@@ -36,7 +35,7 @@ class ReferenceStepper:
         logits, hidden = self._run()
         columns = np.array([len(text) for text in self.texts])[:, None] + np.arange(-tokens_RT.shape[1], 0)
         rows = np.arange(len(self.texts))[:, None]
-        return StepOutput(logits[rows, columns], hidden[rows, columns] if output_hidden else None)
+        return read_only(logits[rows, columns], hidden[rows, columns] if output_hidden else None)
 
     def reorder(self, rows_Q) -> None:
         self.texts = [list(self.texts[row]) for row in rows_Q]
@@ -53,6 +52,12 @@ class ReferenceStepper:
         hidden = self.reference(ids, ids * 0 + [[t < len(text) for t in range(longest)] for text in self.texts])
         hidden = hidden.last_hidden_state
         return (self.reference.logits(hidden) * self.scale).astype(np.float32), hidden
+
+
+def read_only(logits, hidden) -> StepOutput:
+    """As arrays that a framework hands out may be."""
+    logits.flags.writeable = False
+    return StepOutput(logits, hidden)
 
 
 def known(values) -> Known | None:

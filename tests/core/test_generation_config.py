@@ -8,7 +8,7 @@ import pytest
 
 from opt_core.errors import ConfigError
 from opt_core.generation_config import GENERATION_CONFIG_NAME, OFF, GenerationConfig
-from opt_core.generation_request import NOT_DONE
+from opt_core.generation_options import NOT_DONE
 
 PUBLISHED_FILE = {  # of facebook/opt-350m
     "_from_model_config": True,

@@ -7,7 +7,7 @@ from reference_stepper import request_of
 
 from opt_core.errors import InputError, KeywordError
 from opt_core.generation_config import GenerationConfig
-from opt_core.generation_request import NOT_DONE
+from opt_core.generation_options import NOT_DONE
 
 CONFIG = config_of()  # 97 tokens, 41 positions, pad 1, bos and eos 2
 IDS = [[5, 6, 7], [8, 9, 10]]
@@ -170,6 +170,8 @@ SHORT = config_of(max_position_embeddings=11)
         (dict(seed=1.5, do_sample=True), "seed: expected integers from 0 to 2^64 - 1, got 1.5"),
         (dict(seed=[], do_sample=True), "seed: expected integers from 0 to 2^64 - 1, got []"),
         (dict(seed=[1, 2, 3], do_sample=True), "seed: expected one integer or one for each of the 2 prompts, got 3"),
+        (dict(logits_processor=[3]), "logits_processor: expected callables, got 3"),
+        (dict(stopping_criteria="x"), "stopping_criteria: expected callables, got 'x'"),
         (dict(generator=3, do_sample=True), "generator: expected a numpy.random.Generator, got int"),
         (dict(min_new_tokens=21), "min_new_tokens: asks for 21 new tokens, where at most 20 are made"),
         (dict(min_length=9, max_length=8), "min_length: asks for 6 new tokens, where at most 5 are made"),
@@ -209,6 +211,10 @@ def test_all_that_is_wrong_with_a_request_is_listed_at_once():
     assert [line.partition(":")[0] for line in lines] == [
         "input_ids", "top_p", "guidance_scale", "stop_strings", "seed, generator",
     ]  # fmt: skip
+
+
+def test_one_processor_needs_no_list():
+    assert asked(logits_processor=max).rules == asked(logits_processor=[max]).rules
 
 
 def test_a_misspelt_option_is_told_what_it_may_have_meant():
