@@ -23,10 +23,9 @@ def logits_rules(
     allowed_tokens: Callable | None = None,
 ) -> tuple[rules.LogitsRule, ...]:
     """The rules of a call. `processors` and `allowed_tokens` are those of the caller."""
-    rows_per_prompt = settings.num_beams if settings.num_beams > 1 else settings.num_return_sequences
     chain = [*_biases_and_penalties(settings, plan)]
     if allowed_tokens is not None:
-        chain.append(rules.AllowedTokens(allowed_tokens, rows_per_prompt))
+        chain.append(rules.AllowedTokens(allowed_tokens))
     chain += [*_forced_and_suppressed(settings, plan), *map(rules.UserProcessor, processors)]
     if settings.do_sample:
         chain += _cuts(settings, keep=len(plan.eos_token_ids) + 1 if settings.num_beams > 1 else 1)

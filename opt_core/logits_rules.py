@@ -127,14 +127,13 @@ class AllowedTokens:
     """Leaves the tokens that `allowed(prompt index, ids of the row)` lists (`prefix_allowed_tokens_fn`)."""
 
     allowed: Callable[[int, np.ndarray], Sequence[int]]
-    rows_per_prompt: int
 
     def __call__(self, prefix: Prefix, scores_RV: Scores) -> Scores:
         barred_RV = np.full_like(scores_RV, -np.inf)
-        for row in range(len(scores_RV)):
-            tokens = np.asarray(self.allowed(row // self.rows_per_prompt, prefix.ids_RS[row]), np.int64)
+        for row, prompt in enumerate(prefix.prompts_R.tolist()):
+            tokens = np.asarray(self.allowed(prompt, prefix.ids_RS[row]), np.int64)
             if not len(tokens):
-                raise InputError("generate", [f"prefix_allowed_tokens_fn: no token allowed in row {row}"])
+                raise InputError("generate", [f"prefix_allowed_tokens_fn: no token allowed for prompt {prompt}"])
             barred_RV[row, tokens] = 0
         return scores_RV + barred_RV
 

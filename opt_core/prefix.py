@@ -14,6 +14,7 @@ class Prefix(NamedTuple):
     ids_RS: np.ndarray  # int64, prompt and new tokens; the padding id before a text begins
     starts_R: np.ndarray  # the column in which the text of a row begins
     prompt_length: int  # columns of the prompt, padding included
+    prompts_R: np.ndarray  # which prompt a row continues
 
     @property
     def new_tokens(self) -> int:
@@ -28,16 +29,17 @@ class Prefix(NamedTuple):
         return self.ids_RS[row, self.starts_R[row] :]
 
     def take(self, rows: np.ndarray) -> "Prefix":
-        return Prefix(self.ids_RS[rows], self.starts_R[rows], self.prompt_length)
+        return Prefix(self.ids_RS[rows], self.starts_R[rows], self.prompt_length, self.prompts_R[rows])
 
     def extended(self, tokens_R: np.ndarray) -> "Prefix":
         """With one more token in each row."""
         ids_RS = np.concatenate([self.ids_RS, np.reshape(tokens_R, (-1, 1))], axis=1)
-        return Prefix(ids_RS, self.starts_R, self.prompt_length)
+        return self._replace(ids_RS=ids_RS)
 
 
 def prefix_of(input_ids_RT: np.ndarray, real_RT: np.ndarray, pad_token_id: int) -> Prefix:
     """A prompt, its real tokens moved to the right in their order."""
     order_RT = np.argsort(real_RT, axis=1, kind="stable")
     ids_RT = np.take_along_axis(np.where(real_RT, input_ids_RT, pad_token_id), order_RT, axis=1).astype(np.int64)
-    return Prefix(ids_RT, ids_RT.shape[1] - real_RT.sum(1), ids_RT.shape[1])
+    rows, columns = ids_RT.shape
+    return Prefix(ids_RT, columns - real_RT.sum(1), columns, np.arange(rows))

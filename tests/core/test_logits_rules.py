@@ -141,10 +141,11 @@ def test_only_allowed_tokens_are_left_and_each_prompt_has_its_own():
         return [prompt + 10, int(ids[-1])]
 
     rules = rules_of(1, 2, num_beams=2, prefix_allowed_tokens_fn=allowed)
-    got = apply_rules(rules, whole([[5], [6], [7], [8]]), random_scores(4))
+    beams = whole([[5], [6], [7], [8]])._replace(prompts_R=np.array([0, 0, 1, 1]))
+    got = apply_rules(rules, beams, random_scores(4))
     left = [np.flatnonzero(row > -np.inf).tolist() for row in got]
     assert left == [[5, 10], [6, 10], [7, 11], [8, 11]]
-    with pytest.raises(InputError, match="no token allowed in row 0"):
+    with pytest.raises(InputError, match="no token allowed for prompt 0"):
         apply_rules(rules_of(1, prefix_allowed_tokens_fn=lambda prompt, ids: []), whole([[5]]), random_scores(1))
 
 

@@ -311,6 +311,17 @@ def test_contrastive_search_never_chooses_what_is_forbidden():
     assert set(output.sequences[:, 6:].ravel().tolist()) <= set(allowed)
 
 
+# -- rules that know the prompt ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_each_prompt_has_its_own_allowed_tokens_in_every_search(name):
+    output = run_strategy(name, prefix_allowed_tokens_fn=lambda prompt, ids: range(10 + 20 * prompt, 30 + 20 * prompt))
+    returned = STRATEGIES[name].get("num_return_sequences", 1)
+    for row, text in enumerate(output.sequences[:, 6:]):
+        assert {(token - 10) // 20 for token in text.tolist() if token != 1} == {row // returned}
+
+
 # -- outputs, streaming -----------------------------------------------------------------------------------------------
 
 
