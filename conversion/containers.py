@@ -23,7 +23,7 @@ from conversion import (
     torch_zip,
 )
 from conversion.formats import FORMATS, Format, without_scope
-from conversion.index import check_against_shards, read_index
+from conversion.index import check_against_shards, read_index, warn_of_size
 from conversion.safetensors_file import PlannedTensor
 from conversion.stored import MappedFile, TensorFile
 from opt_core.config import OPTConfig
@@ -73,6 +73,7 @@ def _files(open_one: Callable[[Path, Format, bool], TensorFile]):
         stored = {file.path.name: [without_scope(format, name) for name in file.tensors] for file in files}
         indexed = {without_scope(format, name): shard for name, shard in weight_map.items()}
         check_against_shards(indexed, stored, str(path))
+        warn_of_size(path, files)
         return Opened(files)
 
     return open_files

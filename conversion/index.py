@@ -3,13 +3,17 @@
 Source: the index that transformers 4.57.6 writes, `{"metadata": {"total_size": ...}, "weight_map": {name: file}}`.
 """
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from conversion.stored import DTYPES, TensorFile
 from opt_core.errors import CheckpointError, ConfigError, InputError, raise_if
 from opt_core.json_file import read_json_object
+
+logger = logging.getLogger(__name__)
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _LONGEST_NAME = 255  # of file systems; the shards of OPT have at most 40 letters
@@ -77,6 +81,16 @@ def check_against_shards(weight_map: Mapping[str, str], stored: Mapping[str, Ite
             elsewhere = f", but in {places[name][0]}" if name in places else ""
             problems.append(f"{name}: the index says {shard}, where it is not{elsewhere}")
     raise_if(CheckpointError, source, problems)
+
+
+def warn_of_size(path: Path, files: Iterable[TensorFile]) -> None:
+    """Says so where the index gives another number of bytes than its tensors have; weights are not read by it."""
+    tensors = [(file.path, tensor) for file in files for tensor in file.tensors.values() if tensor.dtype in DTYPES]
+    metadata = read_json_object(path).get("metadata")
+    listed = metadata.get("total_size") if isinstance(metadata, dict) else None
+    found = {sum(tensor.nbytes for _, tensor in some) for some in (tensors, set(tensors))}  # tied ones may count once
+    if isinstance(listed, (int, float)) and listed not in found:
+        logger.warning("%s: metadata.total_size: expected %d bytes, got %s", path, max(found), str(listed)[:40])
 
 
 def _unique(values: Iterable) -> list:

@@ -21,7 +21,7 @@ from hostile.torch_bin_cases import BIAS, flipped, pickled, state_pickle
 from hostile.value_cases import WARNINGS
 from hostile.worker import MEGABYTES, SECONDS, Worker
 from opt_core.errors import CheckpointError, ConfigError
-from opt_zoo.main import BAD_INPUT, main
+from opt_zoo.main import BAD_INPUT, OK, main
 
 
 @pytest.fixture(scope="session")
@@ -59,9 +59,10 @@ def each(cases: list[Case]) -> list:
 
 
 @pytest.mark.parametrize("base", BASES, indirect=True)
-def test_before_it_is_damaged_every_checkpoint_is_converted(base, tmp_path):
+def test_before_it_is_damaged_every_checkpoint_is_converted_without_a_warning(base, tmp_path, caplog):
     convert(base, tmp_path / "target")
     assert (tmp_path / "target" / "config.json").is_file()
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize("case", each(CASES))
@@ -101,6 +102,7 @@ def test_the_command_says_so_in_one_error_and_exit_code(case, tmp_path, template
     to = "bin" if case.base.startswith("safetensors") else "safetensors"
     assert main(["convert", str(source), str(tmp_path / "target"), "--to", to]) == BAD_INPUT
     assert "opt-zoo convert: error: " in capsys.readouterr().err
+    assert main(["inspect", str(source)]) in (OK, BAD_INPUT)  # it lists what is there, whatever the values are
     assert listing(tmp_path) == before
 
 

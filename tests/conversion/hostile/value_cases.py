@@ -1,5 +1,6 @@
 """Values that are no weights, in sound files: NaN, infinities, zeros, and what a narrower dtype cannot hold."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 
 from hostile.bases import BASES, TENSORS, with_value
 from hostile.case import Case, cases
+from hostile.index_cases import index_of
 from hostile.metaseq_cases import NORM, PART, changed_tensor
 
 FORMATS = (
@@ -62,8 +64,17 @@ CASES: list[Case] = [
         for base in FORMATS
     ),
 ]
+
+
+def resized(folder: Path) -> None:
+    index = json.loads(index_of(folder).read_text())
+    index["metadata"]["total_size"] += 1
+    index_of(folder).write_text(json.dumps(index))
+
+
 WARNINGS: list[Case] = [
     *(Case("a matrix of zeros", base, 7, rewritten(base, zeros), NAME, "zeros alone") for base in FORMATS),
+    *(Case("another total size", f"{base} in shards", 4, resized, "total_size", "expected") for base in FORMATS[:6]),
     Case("copies that differ a little", "metaseq unflattened", 5,
          changed_tensor(NORM, lambda values: values + 1e-5, PART.format(1)), NORM, "largest difference"),
 ]  # fmt: skip
