@@ -182,7 +182,7 @@ SIZES = [
 LISTS = [
     ("a weight that is not listed", with_more("model/more", np.zeros(3, "f4")), "model/more", "there, but not listed"),
     ("a listed weight that is not there", opened(lambda h5: h5.__delitem__(KERNEL)), "fc1/kernel:0", "but not there"),
-    ("no list of layers", with_list(None), "layer_names", "missing"),
+    ("no list of layers", with_list(None), FILE, "expected HDF5 as Keras 2 writes it, by its name"),
     ("a list of numbers", with_list(np.zeros((2, 2))), "layer_names", "expected a list of names"),
     ("a list that is one text", with_list("model"), "layer_names", "expected a list of names"),
     ("a list of bytes that are no text", with_list(np.array([b"\xff\xfe"])), FILE, "expected HDF5"),
