@@ -44,20 +44,28 @@ class Staging:
     def synced(self) -> Iterator[None]:
         """Brings to the disk what is written within, while it is written, and all of it at the end."""
         is_over = threading.Event()
-        thread = threading.Thread(target=self._keep_syncing, args=(is_over,))
+        errors: list[OSError] = []
+        thread = threading.Thread(target=self._keep_syncing, args=(is_over, errors))
         thread.start()
         try:
             yield
         finally:
             is_over.set()
             thread.join()
+        if errors:
+            raise errors[0]
         self.sync()
 
-    def _keep_syncing(self, is_over: threading.Event) -> None:
-        while not is_over.wait(_SECONDS_BETWEEN_SYNCS):
-            with contextlib.suppress(OSError):  # which `sync` will raise
+    def _keep_syncing(self, is_over: threading.Event, errors: list[OSError]) -> None:
+        """Stops at an error, and keeps it: Linux tells of a lost page once, not again to a later fsync."""
+        while not is_over.wait(_SECONDS_BETWEEN_SYNCS) and not errors:
+            try:
                 for path in self.folder.rglob("*"):
                     _sync(path)
+            except FileNotFoundError:  # a temporary file of a container
+                continue
+            except OSError as error:
+                errors.append(error)
 
     def publish(self, *, replaced: Callable[[str], bool], last: str) -> list[Path]:
         """Gives every entry its name in the target; returns them, JSON files behind the others, `last` at the end.

@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -167,3 +168,20 @@ def test_an_error_amidst_replacing_keeps_the_new_files(tmp_path, monkeypatch):
     assert outcome(tmp_path) == "refused"
     (left,) = tmp_path.glob(".opt-zoo-*")
     assert {path.name for path in [*tmp_path.iterdir(), *left.iterdir()]} >= {"config.json", "model.safetensors"}
+
+
+def test_an_error_of_the_disk_while_it_is_written_is_raised_though_it_shows_only_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("conversion.staging._SECONDS_BETWEEN_SYNCS", 0)
+    failed = []
+
+    def fail_once_beside_the_writer(path):
+        if threading.current_thread() is not threading.main_thread() and path.is_file() and not failed:
+            failed.append(path)
+            raise OSError("a page was lost")
+
+    monkeypatch.setattr("conversion.staging._sync", fail_once_beside_the_writer)
+    slow = {name: lambda array=array: (time.sleep(0.01), array)[1] for name, array in NEW.items()}
+    with pytest.raises(OSError, match="a page was lost"):
+        write_checkpoint(tmp_path / "target", CONFIG, slow, dtype="float32")
+    assert failed
+    assert list(tmp_path.iterdir()) == []
