@@ -150,15 +150,15 @@ def copy_side_files(folder: Path, target: Path, *, with_tokenizer: bool) -> list
 
 
 def _print_written(source: str, target: Path, written: list[Path], notes: list[str], *, as_json: bool) -> None:
-    files = [{"name": path.name, "bytes": _size(path)} for path in written]
-    total = sum(file["bytes"] for file in files)
+    sizes = {path.name: _size(path) for path in written}
     if as_json:
+        files = [{"name": name, "bytes": nbytes} for name, nbytes in sizes.items()]
         print_json({"source": source, "target": str(target), "files": files, "notes": notes})
         return
     console = stdout_console()
-    console.print(f"{source} -> {target}: {len(files)} files, {total:,} bytes", markup=False, soft_wrap=True)
-    for file in files:
-        console.print(f"  {file['name']}: {file['bytes']:,} bytes", markup=False, soft_wrap=True)
+    total = f"{source} -> {target}: {len(sizes)} files, {sum(sizes.values()):,} bytes"
+    for line in [total, *(f"  {name}: {nbytes:,} bytes" for name, nbytes in sizes.items())]:
+        console.print(line, markup=False, soft_wrap=True)
     for note in notes:
         console.print(f"what changes: {note}", markup=False, soft_wrap=True)
 
