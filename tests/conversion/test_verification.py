@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from checkpoints import NUMPY_DTYPES, VARIANTS, config_of, tensors_of
 
-from conversion import open_checkpoint, write, write_checkpoint
+from conversion import open_checkpoint, tables, write, write_checkpoint
 from conversion.blocks import count_not_finite, joined_blocks, paired, row_major_blocks
 from conversion.manifest import MANIFEST_NAME, differing_weights, read_manifest
 from conversion.verification import verify_written
@@ -260,3 +260,15 @@ def test_pieces_of_different_lengths_are_paired():
     pairs = list(paired(first, second))
     assert np.array_equal(np.concatenate([a for a, _ in pairs]), np.arange(100))
     assert all(np.array_equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("format", [format.name for format in tables.FORMATS.values() if format.is_written])
+def test_pieces_are_what_read_gives_though_maps_are_let_go_of(tmp_path, monkeypatch, format):
+    monkeypatch.setattr("conversion.checkpoint._MAPPED_BYTES", 1)
+    tensors = tensors_of(config_of())
+    write_checkpoint(tmp_path, config_of(), tensors, format=format)
+    with open_checkpoint(tmp_path) as checkpoint:
+        pieces = {name: checkpoint.pieces(name) for name in tensors}
+        for name in tensors:
+            blocks = [block.copy() for block in joined_blocks(*pieces[name])]
+            assert np.concatenate(blocks).tobytes() == checkpoint.read(name).tobytes()
