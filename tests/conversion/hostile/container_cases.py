@@ -96,7 +96,7 @@ def _contents(base: str, file: str) -> Iterator[tuple]:
 NO_FILES = {
     "no weights": replaced_by(lambda path: None),
     "a folder in its place": replaced_by(Path.mkdir),
-    "a pipe, at which reading would wait": replaced_by(os.mkfifo),
+    "a pipe, at which reading would wait": replaced_by(lambda path: os.mkfifo(path)),
     "an endless device": replaced_by(lambda path: path.symlink_to("/dev/zero")),
     "a link to nothing": replaced_by(lambda path: path.symlink_to("nothing")),
     "a link to itself": replaced_by(lambda path: path.symlink_to(path.name)),

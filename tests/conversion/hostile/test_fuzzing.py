@@ -64,10 +64,8 @@ def fuzz(base: str, folder: Path, examples: int, **options) -> None:
             path.write_bytes(mutated(files[path], changes))
             examined(worker, folder, verify)
 
-    try:
+    with contextlib.closing(worker):
         survives()
-    finally:
-        worker.stop()
 
 
 def fuzz_sealed(sealed: str, folder: Path, examples: int, **options) -> None:
@@ -86,10 +84,8 @@ def fuzz_sealed(sealed: str, folder: Path, examples: int, **options) -> None:
             reseal(folder, lambda data: mutated(data, changes))
             examined(worker, folder, verify=False)
 
-    try:
+    with contextlib.closing(worker):
         survives()
-    finally:
-        worker.stop()
 
 
 @pytest.mark.parametrize("base", BASES)

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import re
-import resource
 import select
 import subprocess
 import sys
@@ -47,7 +46,7 @@ class Worker:
         self._process.stdin.write(json.dumps(job, default=dict) + "\n")
         self._process.stdin.flush()
         if not select.select([self._process.stdout], [], [], _HANGS_AFTER)[0]:
-            self.stop()
+            self.close()
             return Outcome("hang", f"more than {_HANGS_AFTER} s")
         answer = self._process.stdout.readline()
         if not answer:
@@ -56,7 +55,7 @@ class Worker:
             return Outcome("crash", f"exit code {code}")
         return Outcome(**json.loads(answer))
 
-    def stop(self) -> None:
+    def close(self) -> None:
         if self._process:
             self._process.kill()
             self._process.wait()
@@ -75,6 +74,8 @@ class Worker:
 
 
 def main(warm_up: list[str]) -> None:
+    import resource  # not on every system
+
     from hostile.examination import examine
 
     logging.disable()
