@@ -1,10 +1,11 @@
 """Assisted decoding: several tokens of a draft are verified in one step of the model, and the text does not change.
 
-Greedy search accepts a drafted token when it is the one that it would have chosen, so the text is its own. Sampling
-accepts token x, drawn by a draft model with q(x), with probability min(1, p(x) / q(x)), and on refusal draws from
-the positive part of p - q: the law stays p (Leviathan et al., arXiv:2211.17192, algorithm 1). A token that was
-looked up in the text is accepted when it is the one that sampling draws: with prompt lookup the same seed gives the
-same text as without.
+A drafted token is accepted when it is the one that the model chooses there: the best, or the one that sampling finds
+with the random numbers of that place. So greedy search, and sampling with a seed, write the same text with any draft as
+without; a fortiori the law of sampling is preserved. A draft model samples with the same numbers, and then agrees with
+probability (1 - d) / (1 + d) or more, at total variation d of the two distributions (Daliri, Musco and Suresh,
+"Coupling without communication and drafter-invariant speculative decoding", arXiv:2408.07978); the rule of Leviathan et
+al. (arXiv:2211.17192), 1 - d, would give a text that depends on the draft.
 
 Rows advance by different numbers of tokens; each is verified on its own, as it would be alone.
 """
@@ -17,7 +18,7 @@ from opt_core.drafts import Draft, Drafter, ModelDraft, PromptLookup
 from opt_core.generation_output import Record
 from opt_core.generation_request import GenerationRequest
 from opt_core.prefix import Prefix, prefix_of
-from opt_core.sampling import ACCEPT, TOKEN, Uniforms, choose_best, choose_sampled, index_of, softmax
+from opt_core.sampling import Noise, choose_best
 from opt_core.stepper import Stepper
 
 
@@ -44,7 +45,7 @@ class AssistedRows:
     def __init__(self, request: GenerationRequest, stepper: Stepper, draft: Stepper | None, record: Record):
         self.request, self.stepper, self.record = request, stepper, record
         plan, copies = request.plan, request.rows_per_prompt
-        self.uniforms = Uniforms(request.seeds, len(plan.input_ids), copies)
+        self.noise = Noise(request.seeds, len(plan.input_ids), copies)
         rows_R = np.repeat(np.arange(len(plan.input_ids)), copies)
         prompt = prefix_of(plan.input_ids, plan.real, plan.pad_token_id)
         self.prefixes = [prompt.take(np.array([row])) for row in rows_R]
@@ -55,9 +56,9 @@ class AssistedRows:
         if copies > 1:
             stepper.reorder(rows_R)
         self.fed_R = plan.real.sum(1)[rows_R]
-        self.drafter: Drafter = PromptLookup(request) if draft is None else ModelDraft(request, draft, self.uniforms)
+        self.drafter: Drafter = PromptLookup(request) if draft is None else ModelDraft(request, draft, self.noise)
         for row in range(len(rows_R)):
-            self._verify(row, logits_RV[row, None], Draft([]))
+            self._verify(row, logits_RV[row, None], Draft())
 
     def known_columns(self) -> int:
         """New tokens that every row has, or had before it ended."""
@@ -67,11 +68,11 @@ class AssistedRows:
     def advance(self) -> None:
         """Drafts, verifies, and forgets what was wrong: at least one more token for each row that goes on."""
         drafts = self._drafts()
-        width = 1 + max(len(draft.tokens) for draft in drafts)
+        width = 1 + max(len(draft) for draft in drafts)
         tokens_RT = np.full((len(drafts), width), self.request.plan.pad_token_id)
         for row, draft in enumerate(drafts):
             tokens_RT[row, 0] = self.prefixes[row].ids_RS[0, -1]
-            tokens_RT[row, 1 : 1 + len(draft.tokens)] = draft.tokens
+            tokens_RT[row, 1 : 1 + len(draft)] = draft
         logits_RTV = self.stepper.step(tokens_RT).logits
         right_R = np.zeros(len(drafts), np.int64)
         for row in np.flatnonzero(~self.ended_R).tolist():
@@ -82,7 +83,7 @@ class AssistedRows:
             self.stepper.truncate(kept_R)
         self.fed_R = kept_R
         if width > 1:
-            self.drafter.learn(all(len(draft.tokens) == right for draft, right in zip(drafts, right_R, strict=True)))
+            self.drafter.learn(all(len(draft) == right for draft, right in zip(drafts, right_R, strict=True)))
 
     def _drafts(self) -> list[Draft]:
         """A draft for each row, as long as there is use for it and room in the positions of every row."""
@@ -90,17 +91,18 @@ class AssistedRows:
         useful = self.request.plan.max_new_tokens - 1 - min(len(self.tokens[row]) for row in live)
         room = self.request.max_positions - 1 - int(self.fed_R[live].max())
         if useful <= 0:
-            return [Draft([])] * len(self.prefixes)
+            return [Draft()] * len(self.prefixes)
         return self.drafter.propose(self.prefixes, self.ended_R, min(useful, room))
 
     def _verify(self, row: int, logits_TV: np.ndarray, draft: Draft) -> int:
         """Extends a row by the drafted tokens that are right and the one after them; returns how many that is."""
         number = 0
-        for logits_V in logits_TV[: len(draft.tokens) + 1]:
+        for logits_V in logits_TV[: len(draft) + 1]:
             prefix = self.prefixes[row]
             raw = logits_V[None].copy() if self.record.logits is not None else None
             scores_1V = self.record.apply(prefix, logits_V[None].copy())
-            token, is_right = self._decide(row, prefix, scores_1V, draft, number)
+            token = self._decide(row, prefix, scores_1V)
+            is_right = draft[number : number + 1] == [token]
             self.seen[row].append((raw, scores_1V if self.record.scores is not None else None))
             self.tokens[row].append(token)
             self.prefixes[row] = prefix.extended(np.array([token]))
@@ -110,21 +112,11 @@ class AssistedRows:
                 break
         return number
 
-    def _decide(self, row: int, prefix: Prefix, scores_1V: np.ndarray, draft: Draft, place: int) -> tuple[int, bool]:
-        """The next token of a row, and whether the draft had it."""
-        proposed = draft.tokens[place] if place < len(draft.tokens) else None
-        live = np.array([True])
-        if not self.request.settings.do_sample:
-            token = int(choose_best(scores_1V, live)[0])
-            return token, token == proposed
-        uniforms = self.uniforms.at(row, prefix.new_tokens)
-        if proposed is None or draft.distributions is None:
-            token = int(choose_sampled(scores_1V, uniforms[[TOKEN]], live)[0])
-            return token, token == proposed
-        p_V, q_V = softmax(scores_1V)[0], draft.distributions[place]
-        if uniforms[ACCEPT] * q_V[proposed] < p_V[proposed]:
-            return proposed, True
-        return index_of(np.maximum(p_V - q_V, 0), uniforms[TOKEN]), False
+    def _decide(self, row: int, prefix: Prefix, scores_1V: np.ndarray) -> int:
+        """The next token of a row."""
+        if self.request.settings.do_sample:
+            scores_1V = self.noise.perturbed(row, prefix.new_tokens, scores_1V[0])[None]
+        return int(choose_best(scores_1V, np.array([True]))[0])
 
     def record_column(self, column: int) -> None:
         """Keeps logits and scores of one step of all rows; zero for rows that have ended."""

@@ -11,7 +11,8 @@ beams compete with finished ones at the end. A prompt is closed, and takes no fu
     early_stopping="never"  the same with the maximal length where length_penalty > 0: no better text can come
     early_stopping=True     K beams have finished
 
-Beam sampling draws the C candidates without replacement from the softmax of the summed scores.
+Beam sampling draws the C candidates without replacement from the softmax of the summed scores; the first K drawn may
+finish.
 Equal scores are taken in the order of beams and ids. A prompt's result does not depend on the rest of its batch.
 """
 
@@ -23,7 +24,7 @@ from opt_core.errors import InputError
 from opt_core.generation_output import GenerateOutput, Record
 from opt_core.generation_request import GenerationRequest
 from opt_core.prefix import Prefix, prefix_of
-from opt_core.sampling import NO_TOKEN_LEFT, Uniforms, draw_without_replacement, log_softmax
+from opt_core.sampling import NO_TOKEN_LEFT, Noise, log_softmax
 from opt_core.stepper import Stepper
 
 NONE = np.float32(-1e9)  # the score of a beam that is not there, as published
@@ -65,7 +66,7 @@ def beam_search(request: GenerationRequest, stepper: Stepper) -> GenerateOutput:
     plan, settings, record = request.plan, request.settings, Record(request.rules, request.settings)
     prompts, beams = len(plan.input_ids), settings.num_beams
     prompt = prefix_of(plan.input_ids, plan.real, plan.pad_token_id)
-    uniforms = Uniforms(request.seeds, prompts)
+    noise = Noise(request.seeds, prompts, beams)
     rows_R = np.repeat(np.arange(prompts), beams)
     logits_RV = stepper.prefill(plan.input_ids, plan.real, request.plan.capacity).logits[rows_R]
     stepper.reorder(rows_R)
@@ -77,7 +78,7 @@ def beam_search(request: GenerationRequest, stepper: Stepper) -> GenerateOutput:
     while True:
         texts = _texts(prompt, running, step)
         scores_RV = record.processed(texts, logits_RV, log_softmax(logits_RV))
-        candidates = _candidates(request, running, scores_RV, uniforms, step)
+        candidates = _candidates(request, running, scores_RV, noise, step)
         ended_BC = request.stopping(_texts(prompt, candidates, step + 1), record.scores_so_far)
         candidates.ended = ended_BC.reshape(candidates.scores.shape)
         running = candidates.best(candidates.scores + candidates.ended * NONE, beams)
@@ -99,44 +100,31 @@ def _texts(prompt: Prefix, beams: Beams, length: int) -> Prefix:
     return texts._replace(ids_RS=np.concatenate([texts.ids_RS, new_RN], axis=1))
 
 
-def _candidates(
-    request: GenerationRequest, running: Beams, scores_RV: np.ndarray, uniforms: Uniforms, step: int
-) -> Beams:
+def _candidates(request: GenerationRequest, running: Beams, scores_RV: np.ndarray, noise: Noise, step: int) -> Beams:
     """The C continuations of each prompt, best first or in the order of drawing, their new token filled in."""
     (prompts, beams), vocabulary = running.scores.shape, scores_RV.shape[1]
     number = max(2, 1 + len(request.plan.eos_token_ids)) * beams
     totals_BX = (scores_RV.reshape(prompts, beams, -1) + running.scores[..., None]).reshape(prompts, -1)
     for row in np.flatnonzero(~(totals_BX.max(1) > -np.inf)):
         raise InputError("generate", [NO_TOKEN_LEFT.format(row=row)])
+    deciding_BX = totals_BX
     if request.settings.do_sample:
-        found = [_drawn(totals_X, uniforms.at(row, step, number)) for row, totals_X in enumerate(totals_BX)]
-    else:
-        found = [_largest(totals_X, number) for totals_X in totals_BX]
-    chosen_BC, scores_BC = (np.stack(part) for part in zip(*found, strict=True))
+        totals_RV = totals_BX.reshape(prompts * beams, -1)
+        deciding_BX = np.stack([noise.perturbed(row, step, totals_V) for row, totals_V in enumerate(totals_RV)])
+    chosen_BC = np.stack([_largest(deciding_X, number) for deciding_X in deciding_BX.reshape(prompts, -1)])
     candidates = running.take(chosen_BC // vocabulary)
-    candidates.scores = scores_BC
+    candidates.scores = np.take_along_axis(totals_BX, chosen_BC, axis=1)
     candidates.tokens[:, :, step] = chosen_BC % vocabulary
     candidates.origins[:, :, step] = chosen_BC // vocabulary + np.arange(prompts)[:, None] * beams
     return candidates
 
 
-def _largest(totals_X: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """The indices of the largest numbers, largest first, equal ones in their order; and the numbers."""
+def _largest(totals_X: np.ndarray, number: int) -> np.ndarray:
+    """The indices of the largest numbers, largest first, equal ones in their order."""
     number = min(number, len(totals_X))
     least = np.partition(totals_X, -number)[-number]
     candidates = np.flatnonzero(totals_X >= least)
-    chosen = candidates[np.argsort(-totals_X[candidates], kind="stable")[:number]]
-    return chosen, totals_X[chosen]
-
-
-def _drawn(totals_X: np.ndarray, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """As many indices as there are numbers, drawn without replacement; where too few are left, dead beams."""
-    left = np.flatnonzero(totals_X > -np.inf)
-    totals = totals_X[left].astype(np.float64)
-    drawn = left[draw_without_replacement(np.exp(totals - totals.max()), uniforms)]
-    dead = len(uniforms) - len(drawn)
-    scores = np.concatenate([totals_X[drawn], np.full(dead, -np.inf, np.float32)])
-    return np.concatenate([drawn, np.zeros(dead, np.int64)]), scores
+    return candidates[np.argsort(-totals_X[candidates], kind="stable")[:number]]
 
 
 def _finished(request: GenerationRequest, finished: Beams, candidates: Beams, open_B: np.ndarray, length: int) -> Beams:

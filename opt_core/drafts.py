@@ -1,24 +1,20 @@
 """Where the drafts of assisted decoding come from: a smaller model, or the text itself.
 
-A draft is a guess at the next few tokens of one text; `opt_core.assisted` says which of them are right. With a draft
-goes the distribution that each token was drawn from, where it was drawn: verification needs it to preserve the law.
+A draft is a guess at the next few tokens of one text; `opt_core.assisted` says which of them are right.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from opt_core.generation_request import GenerationRequest
 from opt_core.logits_pipeline import apply_rules
 from opt_core.prefix import Prefix
-from opt_core.sampling import DRAFT, Uniforms, index_of, softmax
+from opt_core.sampling import Noise, softmax
 from opt_core.stepper import Stepper
 
-
-class Draft(NamedTuple):
-    tokens: list[int]
-    distributions: list[np.ndarray] | None = None  # [V] of each token; None: the tokens were not drawn at random
+Draft = list[int]
 
 
 class Drafter(Protocol):
@@ -41,12 +37,12 @@ class PromptLookup:
 
     def propose(self, prefixes: Sequence[Prefix], ended_R: np.ndarray, most: int) -> list[Draft]:
         most = min(most, self.number)
-        return [Draft([] if end else self._look_up(p.text(0), most)) for p, end in zip(prefixes, ended_R, strict=True)]
+        return [[] if end else self._look_up(p.text(0), most) for p, end in zip(prefixes, ended_R, strict=True)]
 
     def learn(self, all_were_right: bool) -> None:
         pass
 
-    def _look_up(self, text: np.ndarray, most: int) -> list[int]:
+    def _look_up(self, text: np.ndarray, most: int) -> Draft:
         for size in range(min(self.longest, len(text) - 1), 0, -1):
             windows = np.lib.stride_tricks.sliding_window_view(text[:-1], size)
             found = np.flatnonzero((windows == text[-size:]).all(1))
@@ -56,13 +52,13 @@ class PromptLookup:
 
 
 class ModelDraft:
-    """Drafts with a smaller model, which follows the same rules: greedy or drawn, as the request is.
+    """Drafts with a smaller model, by the same rules: the best token, or the one sampled with the same random numbers.
 
     A draft ends early after an id that ends texts, and after a token of less than `assistant_confidence_threshold`.
     """
 
-    def __init__(self, request: GenerationRequest, stepper: Stepper, uniforms: Uniforms):
-        self.request, self.stepper, self.uniforms = request, stepper, uniforms
+    def __init__(self, request: GenerationRequest, stepper: Stepper, noise: Noise):
+        self.request, self.stepper, self.noise = request, stepper, noise
         self.number = request.settings.num_assistant_tokens
         plan = request.plan
         rows_R = np.repeat(np.arange(len(plan.input_ids)), request.rows_per_prompt)
@@ -73,19 +69,20 @@ class ModelDraft:
         self.is_new = True
 
     def propose(self, prefixes: Sequence[Prefix], ended_R: np.ndarray, most: int) -> list[Draft]:
-        prefixes, drafts = list(prefixes), [Draft([], []) for _ in prefixes]
+        prefixes, drafts = list(prefixes), [Draft() for _ in prefixes]
         going_R, most = ~ended_R, min(most, self.number)
         logits_RV = self._catch_up(prefixes, ended_R)
         for place in range(most):
             tokens_R = np.full(len(prefixes), self.request.plan.pad_token_id)
             for row in np.flatnonzero(going_R).tolist():
-                token, share = self._draw(prefixes[row], logits_RV[row], row, drafts[row])
+                token, share = self._guess(prefixes[row], logits_RV[row], row)
+                drafts[row].append(token)
                 tokens_R[row], prefixes[row] = token, prefixes[row].extended(np.array([token]))
                 going_R[row] = token not in self.request.plan.eos_token_ids and share >= self._threshold
             if place == most - 1 or not going_R.any():
                 break
             logits_RV = self._feed(tokens_R[:, None])
-        return drafts if self.request.settings.do_sample else [Draft(draft.tokens) for draft in drafts]
+        return drafts
 
     def learn(self, all_were_right: bool) -> None:
         """The heuristic of transformers: two more tokens after a draft that was all right, one less otherwise."""
@@ -115,14 +112,11 @@ class ModelDraft:
         self.fed_R = self.fed_R + tokens_RT.shape[1]
         return self.stepper.step(tokens_RT).logits[:, -1]
 
-    def _draw(self, prefix: Prefix, logits_V: np.ndarray, row: int, draft: Draft) -> tuple[int, float]:
-        """Adds a token to the draft of a row; returns it and its probability."""
-        share_V = softmax(apply_rules(self.request.rules, prefix, logits_V[None].copy()))[0]
+    def _guess(self, prefix: Prefix, logits_V: np.ndarray, row: int) -> tuple[int, float]:
+        """The next token of a row, and its probability."""
+        scores_V = apply_rules(self.request.rules, prefix, logits_V[None].copy())[0]
+        deciding_V = scores_V
         if self.request.settings.do_sample:
-            token = index_of(share_V, self.uniforms.at(row, prefix.new_tokens)[DRAFT])
-        else:
-            token = int(share_V.argmax())
-        draft.tokens.append(token)
-        assert draft.distributions is not None
-        draft.distributions.append(share_V)
-        return token, float(share_V[token])
+            deciding_V = self.noise.perturbed(row, prefix.new_tokens, scores_V)
+        token = int(deciding_V.argmax())
+        return token, float(softmax(scores_V)[token])

@@ -1,21 +1,21 @@
-"""Reproducible sampling: which random number decides which token, the same in every framework.
+"""Reproducible sampling: which random numbers decide which token, the same in every framework.
 
-The law. Sequence j of prompt i takes its random numbers at step t (its t-th new token, from 0) from block (t, 0, j, i)
-of Philox on the seed:
+The law. At step t (its t-th new token, from 0) sequence j of prompt i, or beam j of it, takes one number u(v) in [0, 1)
+for each token v of the vocabulary: the first V doubles of NumPy's Philox on the seed,
 
-    Generator(Philox(key=seed, counter=(t, 0, j, i))).random(4)
+    Generator(Philox(key=seed, counter=(0, t, j, i))).random(V)
 
-    number 0    the token: the first, in the order of ids, whose cumulative probability exceeds the number
-    number 1    the token that a draft model proposes for this place
-    number 2    whether that proposal is accepted
+and the token is the one with the largest score(v) - log(-log(u(v))), the first of equals. That is a sample of the
+softmax of the scores (Gumbel 1954), and the k largest are k samples without replacement (arXiv:1903.06059). A list of
+seeds, one for each prompt, makes i zero: a prompt then gets the text that it gets alone with its seed, in any batch.
+With one seed for all, that holds for prompt 0, and the text of a prompt depends on its place, not on other prompts.
 
-Beam sampling needs more: its draw n is number n % 4 of block (t, n // 4, 0, i). A list of seeds, one for each prompt,
-makes i zero: a prompt then gets the text that it gets alone with its seed, in any batch. With one seed for all, that
-holds for prompt 0, and the text of a prompt depends on its place and not on the other prompts.
-
-Logits that agree up to rounding move the borders of the tokens by as little, so they give the same token unless a
-number falls between: about once in a million tokens in float32.
-Philox: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. NumPy keeps its streams across versions.
+Why not one number for a row, and the token found in the cumulative distribution: rounding of the logits shifts all
+borders between tokens, and there are many. Scores of 50,272 tokens that differ by 3e-6, as those of two frameworks do,
+gave another token for 1 to 8 numbers in 1,000 (2 to 90 in 10,000 with tokens sorted by probability); here for about as
+many as the scores differ by: some in a million. And what a draft model proposes with the same numbers is mostly what
+the model itself would choose, so that drafts change no sampled text (`opt_core.assisted`).
+Philox: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. NumPy keeps its stream across versions.
 """
 
 from collections.abc import Sequence
@@ -24,13 +24,11 @@ import numpy as np
 
 from opt_core.errors import InputError
 
-BLOCK = 4  # numbers of one Philox counter
-TOKEN, DRAFT, ACCEPT = range(3)
 NO_TOKEN_LEFT = "row {row}: the options and processors leave no token to choose from"
 
 
-class Uniforms:
-    """The numbers in [0, 1) of each row; a row is sequence j of prompt i."""
+class Noise:
+    """The random numbers of each row; a row is sequence j of prompt i."""
 
     def __init__(self, seeds: Sequence[int], prompts: int, sequences: int = 1):
         """`seeds`: one, or one for each of the `prompts`; rows are the prompts, each repeated `sequences` times."""
@@ -40,18 +38,20 @@ class Uniforms:
             places = [(seed, 0) for seed in seeds]
         self.rows = [(seed, j, i) for seed, i in places for j in range(sequences)]
 
-    def at(self, row: int, step: int, count: int = BLOCK) -> np.ndarray:
-        """The first `count` numbers of a row at a step, float64."""
+    def at(self, row: int, step: int, tokens: np.ndarray) -> np.ndarray:
+        """The numbers of some tokens, ids in rising order, for a row at a step; float64 in [0, 1)."""
         seed, j, i = self.rows[row]
-        blocks = [
-            np.random.Generator(np.random.Philox(key=seed, counter=(step, q, j, i))).random(BLOCK)
-            for q in range(-(-count // BLOCK))
-        ]
-        return np.concatenate(blocks)[:count]
+        words = np.random.Philox(key=seed, counter=(0, step, j, i)).random_raw(int(tokens[-1]) + 1)[tokens]
+        return (words >> 11) * 2.0**-53  # as `Generator.random`, whose stream NumPy does not promise to keep
 
-    def tokens(self, step: int) -> np.ndarray:
-        """The number [R] that decides the token of each row."""
-        return np.array([self.at(row, step)[TOKEN] for row in range(len(self.rows))])
+    def perturbed(self, row: int, step: int, scores_V: np.ndarray) -> np.ndarray:
+        """The scores [V] that decide, float64: score - log(-log(u)); minus infinity stays."""
+        left = np.flatnonzero(scores_V > -np.inf)
+        perturbed_V = np.full(len(scores_V), -np.inf)
+        if len(left):
+            with np.errstate(divide="ignore"):  # of u = 0
+                perturbed_V[left] = scores_V[left] - np.log(-np.log(self.at(row, step, left)))
+        return perturbed_V
 
 
 def choose_best(scores_RV: np.ndarray, live_R: np.ndarray) -> np.ndarray:
@@ -67,49 +67,16 @@ def choose_best(scores_RV: np.ndarray, live_R: np.ndarray) -> np.ndarray:
     return tokens_R
 
 
-def choose_sampled(scores_RV: np.ndarray, uniforms_R: np.ndarray, live_R: np.ndarray) -> np.ndarray:
-    """The token of each row for its number in [0, 1): the first whose cumulative softmax exceeds it. 0 in dead rows.
+def choose_sampled(scores_RV: np.ndarray, noise: Noise, step: int, live_R: np.ndarray) -> np.ndarray:
+    """A sample of the softmax of each row's scores, by the law above; 0 in rows that are not in `live_R`.
 
     Raises:
         InputError: as `choose_best`.
     """
-    tokens_R = np.zeros(len(scores_RV), np.int64)
-    for row in np.flatnonzero(live_R):
-        candidates = np.flatnonzero(scores_RV[row] > -np.inf)
-        if not len(candidates):
-            raise InputError("generate", [NO_TOKEN_LEFT.format(row=row)])
-        scores = scores_RV[row, candidates].astype(np.float64)
-        tokens_R[row] = candidates[index_of(np.exp(scores - scores.max()), uniforms_R[row])]
-    return tokens_R
-
-
-def index_of(weights: np.ndarray, uniform: float) -> int:
-    """The first index whose cumulative share of `weights` exceeds `uniform`."""
-    cumulative = np.cumsum(weights, dtype=np.float64)
-    index = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
-    return index if index < len(weights) and weights[index] > 0 else int(np.flatnonzero(weights)[-1])
-
-
-def draw_without_replacement(weights: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
-    """Indices, one for each number: each drawn from what the earlier ones left, in the order of drawing.
-
-    Fewer than `len(uniforms)` when fewer weights are positive. The law is that of drawing again until a new index
-    comes: P(i after S) = w_i / (sum of w outside S).
-    """
-    cumulative = np.cumsum(weights, dtype=np.float64)
-    drawn: list[int] = []
-    left = cumulative[-1]
-    for uniform in uniforms[: np.count_nonzero(weights)]:
-        place = uniform * left
-        for index in sorted(drawn):  # step over what is gone
-            if place >= cumulative[index] - weights[index]:
-                place += weights[index]
-        index = int(np.searchsorted(cumulative, place, side="right"))
-        if index >= len(weights) or weights[index] <= 0 or index in drawn:  # rounding at a border
-            index = next(i for i in np.argsort(-weights, kind="stable") if int(i) not in drawn)
-        drawn.append(int(index))
-        left -= weights[index]
-    return np.array(drawn, np.int64)
+    perturbed_RV = np.zeros(scores_RV.shape)
+    for row in np.flatnonzero(live_R).tolist():
+        perturbed_RV[row] = noise.perturbed(row, step, scores_RV[row])
+    return choose_best(perturbed_RV, live_R)
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:

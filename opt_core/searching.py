@@ -17,7 +17,7 @@ from opt_core.generation_options import ASSISTED, BEAM, CONTRASTIVE
 from opt_core.generation_output import GenerateOutput, Record
 from opt_core.generation_request import GenerationRequest
 from opt_core.prefix import prefix_of
-from opt_core.sampling import Uniforms, choose_best, choose_sampled
+from opt_core.sampling import Noise, choose_best, choose_sampled
 from opt_core.stepper import Stepper
 
 Tokens = Iterator[np.ndarray]  # [R] int64 for each step
@@ -66,7 +66,7 @@ def sampled_tokens(request: GenerationRequest, stepper: Stepper, record: Record)
     plan, copies = request.plan, request.rows_per_prompt
     rows_R = np.repeat(np.arange(len(plan.input_ids)), copies)
     prefix = prefix_of(plan.input_ids, plan.real, plan.pad_token_id).take(rows_R)
-    uniforms = Uniforms(request.seeds, len(plan.input_ids), copies)
+    noise = Noise(request.seeds, len(plan.input_ids), copies)
     logits_RV = stepper.prefill(plan.input_ids, plan.real, request.plan.capacity).logits
     if copies > 1:
         stepper.reorder(rows_R)
@@ -75,7 +75,7 @@ def sampled_tokens(request: GenerationRequest, stepper: Stepper, record: Record)
     for step in count():
         scores_RV = record.processed(prefix, logits_RV)
         if request.settings.do_sample:
-            tokens_R = choose_sampled(scores_RV, uniforms.tokens(step), ~ended_R)
+            tokens_R = choose_sampled(scores_RV, noise, step, ~ended_R)
         else:
             tokens_R = choose_best(scores_RV, ~ended_R)
         tokens_R = np.where(ended_R, plan.pad_token_id, tokens_R)

@@ -238,13 +238,29 @@ def test_an_exact_draft_saves_steps(schedule):
     assert stepper.widths == widths
 
 
+SAMPLING_DRAFTS = {**DRAFTS, "lookup": None}
+
+
 @pytest.mark.parametrize("seed", range(3))
-def test_looking_tokens_up_changes_no_sampled_text(seed):
-    options = dict(do_sample=True, seed=seed, temperature=0.4, max_new_tokens=14, num_return_sequences=2)
-    stepper = ReferenceStepper(CONFIG)
-    got = run(stepper=stepper, prompt_lookup_num_tokens=4, **options)
+@pytest.mark.parametrize("draft", SAMPLING_DRAFTS)
+def test_the_same_seed_samples_the_same_text_with_any_draft(draft, seed):
+    options = dict(do_sample=True, seed=seed, temperature=0.4, max_new_tokens=14, num_return_sequences=2, top_p=0.95)
+    stepper, drafts = ReferenceStepper(CONFIG), dict(prompt_lookup_num_tokens=4)
+    if draft != "lookup":
+        drafts = dict(draft=DRAFTS[draft](), num_assistant_tokens=3, assistant_confidence_threshold=0.0)
+    got = run(stepper=stepper, **drafts, **options)
     assert got.sequences.tolist() == run(**options).sequences.tolist()
     assert max(stepper.widths) > 1
+
+
+def test_a_draft_model_samples_what_an_equal_model_would():
+    """The same numbers, so that a perfect draft is always right, at any temperature."""
+    stepper = ReferenceStepper(CONFIG)
+    run(
+        stepper=stepper, draft=exact_draft(), do_sample=True, temperature=2.0, seed=1, eos_token_id=[],
+        num_assistant_tokens=3, assistant_confidence_threshold=0.0, max_new_tokens=25,
+    )  # fmt: skip
+    assert stepper.widths == [4] * 6
 
 
 @pytest.mark.parametrize(
@@ -262,9 +278,9 @@ def test_what_followed_the_last_tokens_before_is_looked_up(text, draft):
     drafter = PromptLookup(request_of(CONFIG, [text], prompt_lookup_num_tokens=3))
     prefix = prefix_of(np.array([[1, *text]]), np.array([[False] + [True] * len(text)]), 1)
     ended, going = drafter.propose([prefix, prefix], np.array([True, False]), 5)
-    assert going.tokens == draft
-    assert ended.tokens == []
-    assert drafter.propose([prefix], np.array([False]), 1)[0].tokens == draft[:1]
+    assert going == draft
+    assert ended == []
+    assert drafter.propose([prefix], np.array([False]), 1)[0] == draft[:1]
 
 
 def test_scores_of_assisted_search_are_those_of_plain_search():
