@@ -43,3 +43,12 @@ class Stepper(Protocol):
 
     def truncate(self, lengths_R: np.ndarray) -> None:
         """Keeps the oldest `lengths_R` tokens of each row, at least one, never more than there are."""
+
+
+def width_of_step(tokens: int, room: int) -> int:
+    """The columns that a compiled step of so many tokens has, a power of two: few widths, few programs.
+
+    What is beyond the tokens is forgotten after the step; near the end of the cache, with `room` for fewer, nothing is.
+    """
+    width = 1 << (tokens - 1).bit_length()
+    return width if width <= room else tokens

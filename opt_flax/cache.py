@@ -65,3 +65,9 @@ def write(buffer_BNSH: Array, x_BNTH: Array, lengths_B: Array) -> Array:
 def with_capacity(cache: Cache, capacity: int) -> Cache:
     """The same tokens in a cache of a fixed, larger capacity."""
     return Cache(*grow(cache, capacity - cache.capacity))
+
+
+def reorder(cache: Cache, rows_Q: Array) -> Cache:
+    """The rows of a cache by index; they may repeat, and their number may change."""
+    keys, values = (tuple(buffer[rows_Q] for buffer in buffers) for buffers in (cache.keys, cache.values))
+    return type(cache)(keys, values, cache.lengths[rows_Q])

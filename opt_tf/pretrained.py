@@ -204,7 +204,8 @@ class TFOPTPreTrainedModel(LoadingMixin, keras.Model):
 
     def forget_compiled(self) -> None:
         """Drops the traced functions, which hold the variables and switches of when they were traced."""
-        self.compiled_search = self.train_function = self.test_function = self.predict_function = None
+        self.compiled_search = self.compiled_steps = None
+        self.train_function = self.test_function = self.predict_function = None
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """The model's own loss where it computed one, else that of `compile`."""

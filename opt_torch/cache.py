@@ -66,3 +66,9 @@ def write(buffer_BNSH: Tensor, x_BNTH: Tensor, lengths_B: Tensor) -> Tensor:
 def with_capacity(cache: Cache, capacity: int) -> Cache:
     """The same tokens in a cache of a fixed, larger capacity."""
     return Cache(*grow(cache, capacity - cache.capacity))
+
+
+def reorder(cache: Cache, rows_Q: Tensor) -> Cache:
+    """The rows of a cache by index; they may repeat, and their number may change."""
+    keys, values = (tuple(buffer[rows_Q] for buffer in buffers) for buffers in (cache.keys, cache.values))
+    return type(cache)(keys, values, cache.lengths[rows_Q])
