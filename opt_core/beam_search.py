@@ -12,8 +12,7 @@ beams compete with finished ones at the end. A prompt is closed, and takes no fu
     early_stopping=True     K beams have finished
 
 Beam sampling draws the C candidates without replacement from the softmax of the summed scores; the first K drawn may
-finish.
-Equal scores are taken in the order of beams and ids. A prompt's result does not depend on the rest of its batch.
+finish. Equal scores are taken in the order of beams and ids. The rest of its batch does not change a prompt's texts.
 """
 
 from dataclasses import dataclass
@@ -78,6 +77,7 @@ def beam_search(request: GenerationRequest, stepper: Stepper) -> GenerateOutput:
     while True:
         texts = _texts(prompt, running, step)
         scores_RV = record.processed(texts, logits_RV, log_softmax(logits_RV))
+        _check_tokens_are_left(scores_RV, running, open_B)
         candidates = _candidates(request, running, scores_RV, noise, step)
         ended_BC = request.stopping(_texts(prompt, candidates, step + 1), record.scores_so_far)
         candidates.ended = ended_BC.reshape(candidates.scores.shape)
@@ -100,13 +100,17 @@ def _texts(prompt: Prefix, beams: Beams, length: int) -> Prefix:
     return texts._replace(ids_RS=np.concatenate([texts.ids_RS, new_RN], axis=1))
 
 
+def _check_tokens_are_left(scores_RV: np.ndarray, running: Beams, open_B: np.ndarray) -> None:
+    best_BK = scores_RV.max(1).reshape(running.scores.shape) + running.scores
+    for row in np.flatnonzero(open_B & ~(best_BK.max(1) > -np.inf)):
+        raise InputError("generate", [NO_TOKEN_LEFT.format(row=row)])
+
+
 def _candidates(request: GenerationRequest, running: Beams, scores_RV: np.ndarray, noise: Noise, step: int) -> Beams:
     """The C continuations of each prompt, best first or in the order of drawing, their new token filled in."""
     (prompts, beams), vocabulary = running.scores.shape, scores_RV.shape[1]
     number = max(2, 1 + len(request.plan.eos_token_ids)) * beams
     totals_BX = (scores_RV.reshape(prompts, beams, -1) + running.scores[..., None]).reshape(prompts, -1)
-    for row in np.flatnonzero(~(totals_BX.max(1) > -np.inf)):
-        raise InputError("generate", [NO_TOKEN_LEFT.format(row=row)])
     deciding_BX = totals_BX
     if request.settings.do_sample:
         totals_RV = totals_BX.reshape(prompts * beams, -1)

@@ -327,6 +327,19 @@ def test_contrastive_search_never_chooses_what_is_forbidden():
     assert set(output.sequences[:, 6:].ravel().tolist()) <= set(allowed)
 
 
+def test_a_prompt_whose_beams_have_all_ended_needs_no_tokens():
+    def only_ends_then_nothing(ids, scores):
+        """For the first prompt; ids are right-aligned."""
+        mine = (ids[:, :6] == np.where(LEFT, IDS, 1)[0]).all(1)
+        left = ENDS if ids.shape[1] == 6 else []
+        return np.where(mine[:, None] & ~np.isin(np.arange(97), left), -np.inf, scores)
+
+    options = dict(num_beams=2, early_stopping=True)
+    output = run(logits_processor=only_ends_then_nothing, **options)
+    assert output.sequences[0, 6] in ENDS
+    assert texts(output, 6)[1:] == texts(run(**options), 6)[1:]
+
+
 # -- rules that know the prompt ---------------------------------------------------------------------------------------
 
 
