@@ -1,7 +1,9 @@
-"""Random damage to a file: bits flipped, bytes overwritten, inserted, left out, cut off, copied from elsewhere."""
+"""Random damage: bits flipped, bytes overwritten, inserted, left out, cut off, copied; in JSON, other values."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+import copy
+import json
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from hypothesis import strategies as st
 
@@ -107,3 +109,28 @@ def mutated(data: bytes, changes: list[Edit]) -> bytes:
     for edit in changes:
         edit.apply(file)
     return bytes(file)
+
+
+# -- JSON -------------------------------------------------------------------------------------------------------------
+
+_LEAVES = [None, True, False, 0, -1, 1, 7, 2**31, 2**63, 2**64, 10**30, 1.5, "", "a", "x" * 300, "..", "/etc/passwd",
+           "float16", "\ud800", [], {}, [[]], [1], ["a"], {"a": 1}, [None], [2**40, 2**40], [-1], [0]]  # fmt: skip
+json_edits = st.lists(st.tuples(st.integers(0, 1 << 20), st.sampled_from(_LEAVES)), min_size=1, max_size=3)
+
+
+def other_json(data: bytes, changes: list[tuple[int, object]]) -> bytes:
+    """JSON with other values in some places, of objects, lists or leaves."""
+    value = json.loads(data)
+    for place, new in changes:
+        holders = list(_places(value))
+        if holders:
+            holder, key = holders[place % len(holders)]
+            holder[key] = copy.deepcopy(new)
+    return json.dumps(value).encode()
+
+
+def _places(value) -> Iterator[tuple[Any, Any]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield value, key
+        yield from _places(inner)

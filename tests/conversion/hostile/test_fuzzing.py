@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from hostile.bases import BASES
-from hostile.mutation import edits, mutated
+from hostile.mutation import edits, json_edits, mutated, other_json
 from hostile.sealing import SEALED
 from hostile.worker import MEGABYTES, SECONDS, Worker
 from opt_core import OPTConfig
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits memory a
 SMALL = config_of(
     vocab_size=16, hidden_size=6, num_hidden_layers=1, ffn_dim=10, max_position_embeddings=5, num_attention_heads=2
 )
+WITH_JSON = ("safetensors in shards", "orbax", "orbax in folders", "keras-hub in shards", "ctranslate2")
 QUIET = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 
@@ -88,6 +90,35 @@ def fuzz_sealed(sealed: str, folder: Path, examples: int, **options) -> None:
         survives()
 
 
+def is_json(data: bytes) -> bool:
+    try:
+        return isinstance(json.loads(data), (dict, list))
+    except ValueError:
+        return False
+
+
+def fuzz_json(base: str, folder: Path, examples: int, **options) -> None:
+    """The same, with other values in the files that are JSON."""
+    files = {path: data for path, data in small_checkpoint(base, folder).items() if is_json(data)}
+    worker = Worker(warm_up=folder)
+    assert worker.run(folder).kind == "read"
+
+    @settings(max_examples=examples, **QUIET, **options)
+    @given(path=st.sampled_from([*files]), changes=json_edits)
+    def survives(path, changes):
+        with put_back({path: files[path]}):
+            path.write_bytes(other_json(files[path], changes))
+            examined(worker, folder, verify=False)
+
+    with contextlib.closing(worker):
+        survives()
+
+
+@pytest.mark.parametrize("base", WITH_JSON)
+def test_json_of_other_values_is_read_as_declared_or_refused(base, tmp_path):
+    fuzz_json(base, tmp_path / "source", 100, derandomize=True, phases=[Phase.generate])
+
+
 @pytest.mark.parametrize("base", BASES)
 def test_damaged_bytes_are_read_as_declared_or_refused(base, tmp_path):
     fuzz(base, tmp_path / "source", 100, derandomize=True, phases=[Phase.generate])
@@ -122,3 +153,9 @@ def test_damaged_bytes_are_read_as_declared_or_refused_in_many_more_examples(bas
 @pytest.mark.parametrize("sealed", SEALED)
 def test_damage_behind_checksums_is_read_as_declared_or_refused_in_many_more_examples(sealed, tmp_path):
     fuzz_sealed(sealed, tmp_path / "source", 20_000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", WITH_JSON)
+def test_json_of_other_values_is_read_as_declared_or_refused_in_many_more_examples(base, tmp_path):
+    fuzz_json(base, tmp_path / "source", 20_000)
