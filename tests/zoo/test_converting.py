@@ -110,7 +110,9 @@ def test_a_shard_size_that_is_none_exits_with_2(opt_zoo, checkpoint, tmp_path):
 
 
 def test_parts_of_metaseq_and_back_is_the_identity(opt_zoo, tmp_path):
-    source = save_random(tmp_path / "source", config_of(vocab_size=102, ffn_dim=54, hidden_size=36, num_attention_heads=6))
+    source = save_random(
+        tmp_path / "source", config_of(vocab_size=102, ffn_dim=54, hidden_size=36, num_attention_heads=6)
+    )
     assert opt_zoo("convert", source, tmp_path / "parts", "--to", "metaseq", "--parts", "2")[0] == 0
     assert len(list((tmp_path / "parts").glob("*.pt"))) == 2
     assert opt_zoo("convert", tmp_path / "parts", tmp_path / "back")[0] == 0
