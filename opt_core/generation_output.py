@@ -1,6 +1,6 @@
 """What a search returns, and the record that it keeps of its scores on the way."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,3 +58,12 @@ class Record:
     def output(self, sequences: np.ndarray, **fields) -> GenerateOutput:
         logits = None if self.logits is None else tuple(self.logits)
         return GenerateOutput(sequences, self.scores_so_far, logits, **fields)
+
+
+def as_arrays(out: GenerateOutput, convert: Callable[[np.ndarray], Array]) -> GenerateOutput:
+    """The output in a backend's own arrays; tuples of arrays and None stay what they are."""
+
+    def converted(value):
+        return value if value is None else tuple(map(convert, value)) if isinstance(value, tuple) else convert(value)
+
+    return GenerateOutput(*map(converted, out))

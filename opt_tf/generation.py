@@ -1,44 +1,108 @@
-"""Greedy generation, TensorFlow: one prefill, then one step per token on a preallocated cache, all in one XLA function.
+"""Generation, TensorFlow: greedy search as one XLA function, a prefill and one step per token on a preallocated cache.
 
 XLA compiles one program per batch size, prompt length and capacity, so lengths are rounded up to whole buckets: the
 prompt is padded on the right, where nothing looks, and the number of steps is an argument of the program.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import tensorflow as tf
 from tensorflow import Tensor
 
-from opt_core.generation import GenerationPlan, bucketed, plan_generation
+from opt_core.errors import InputError
+from opt_core.generation import GenerationPlan, bucketed
+from opt_core.generation_config import GenerationConfig
+from opt_core.generation_output import GenerateOutput, as_arrays
+from opt_core.generation_request import GenerationRequest, plan_request
+from opt_core.searching import search, stream
 from opt_tf.cache import Cache, with_capacity
 from opt_tf.inputs import as_index, as_tensor, known
 from opt_tf.packing import pool_last_token
+from opt_tf.stepping import ModelStepper
 
 
 class GenerationMixin:
     """`generate` for a model with a decoder and a head."""
 
-    def generate(self, input_ids=None, attention_mask=None, max_new_tokens: int | None = None, **options) -> Tensor:
-        """Continues each row of `input_ids` [B, T] greedily; returns [B, T + n] token ids, prompt and padding included.
+    generation_config: GenerationConfig | None = None  # of the checkpoint
 
-        Rows end at an `eos_token_id` and hold `pad_token_id` after it; n is the longest of them. Dropout is off. Takes
+    def generate(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        max_new_tokens: int | None = None,
+        *,
+        generation_config: GenerationConfig | None = None,
+        assistant_model: "GenerationMixin | None" = None,
+        **options,
+    ) -> Tensor | GenerateOutput:
+        """Continues each row of `input_ids` [B, T]; returns [R, T + n] token ids, prompt and padding included.
+
+        Greedy unless options say otherwise, which `opt_core.generation_config.GenerationConfig` lists: sampling, beams,
+        contrastive and assisted search, rules for logits, ways to stop. R is B times `num_return_sequences`. Rows end
+        at an `eos_token_id` and hold `pad_token_id` after it; n is the longest of them. Dropout is off. Takes
         values, so it is not for use inside a `tf.function`.
 
         Args:
             attention_mask: [B, T], 1 for real tokens; without it tokens equal to `pad_token_id` are padding.
             max_new_tokens: at most that many; 20 if neither it nor `max_length` (which counts the prompt) is given.
-            options: `max_length`, `eos_token_id` (one or several), `pad_token_id`.
+            generation_config: instead of the model's own, which came with its checkpoint; options override it.
+            assistant_model: a smaller model of the same vocabulary, which drafts tokens for this one to verify.
+            options: also `seed` (the same text in every framework) or `generator` (NumPy's), `logits_processor`,
+                `stopping_criteria`, `prefix_allowed_tokens_fn`, `tokenizer` for stop strings, `streamer`.
+
+        Returns:
+            With `return_dict_in_generate` an `opt_core.generation_output.GenerateOutput`.
 
         Raises:
             InputError: before anything is computed; also when the text would outgrow `max_position_embeddings`.
         """
-        plan = plan_generation(
+        request = self._request(input_ids, attention_mask, generation_config, assistant_model, max_new_tokens, options)
+        models = [model for model in (self, assistant_model) if model is not None]
+        if request.is_plain:
+            return tf.concat([tf.constant(request.plan.input_ids), self._search(request.plan)], axis=1)
+        out = as_arrays(search(request, *map(ModelStepper, models)), tf.constant)
+        return out if request.settings.return_dict_in_generate else out.sequences
+
+    def stream(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        max_new_tokens: int | None = None,
+        *,
+        generation_config: GenerationConfig | None = None,
+        assistant_model: "GenerationMixin | None" = None,
+        **options,
+    ) -> Iterator[np.ndarray]:
+        """The new tokens [R] int64 of each step of `generate`, as soon as they are known; arguments are as there.
+
+        `opt_core.streaming.words` makes text of them. Rows that have ended give `pad_token_id`.
+
+        Raises:
+            InputError: at once, as `generate`; also for beam search, which does not know its text before the end.
+        """
+        request = self._request(input_ids, attention_mask, generation_config, assistant_model, max_new_tokens, options)
+        models = [model for model in (self, assistant_model) if model is not None]
+        return stream(request, *map(ModelStepper, models))
+
+    def _request(
+        self, input_ids, attention_mask, generation_config, assistant_model, max_new_tokens, options
+    ) -> GenerationRequest:
+        if assistant_model is not None:
+            if not isinstance(assistant_model, GenerationMixin):
+                text = f"expected a model of this package that generates, got {type(assistant_model).__name__}"
+                raise InputError("generate", [f"assistant_model: {text}"])
+            options = {**options, "assistant_config": assistant_model.config}
+        if max_new_tokens is not None:
+            options = {**options, "max_new_tokens": max_new_tokens}
+        return plan_request(
             self.config,
             known(as_index(input_ids)),
             known(as_tensor(attention_mask)),
-            max_new_tokens=max_new_tokens,
+            generation_config or self.generation_config,
             **options,
         )
-        return tf.concat([tf.constant(plan.input_ids), self._search(plan)], axis=1)
 
     def _search(self, plan: GenerationPlan) -> Tensor:
         if self.compiled_search is None:
