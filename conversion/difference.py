@@ -73,7 +73,7 @@ def table_of(weights: Checkpoint | Manifest) -> dict[str, tuple[tuple[int, ...],
 def differing_hashes(first: Mapping[str, Record], second: Mapping[str, Record]) -> list[str]:
     """Weights that both manifests have in one shape and dtype, with other values."""
     common = [name for name in first if name in second and first[name][:2] == second[name][:2]]
-    return [name for name in common if first[name].sha256 != second[name].sha256]
+    return [name for name in common if first[name].blake3 != second[name].blake3]
 
 
 def compare_weights(first: Checkpoint, second: Checkpoint, progress: Advance | None = None) -> list[WeightDifference]:

@@ -6,13 +6,13 @@ So hashes of two checkpoints are equal where the weights are equal bit for bit, 
 about the files as they were written; `differing_weights` reads a checkpoint again and says whether it still holds.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from blake3 import blake3
 
 from conversion.background import Background
 from conversion.blocks import (
@@ -31,7 +31,7 @@ from opt_core.json_file import read_json_object
 
 MANIFEST_NAME = "opt_manifest.json"
 _VERSION = 1
-_EXPLANATION = "SHA-256 of the row-major little-endian bytes in the published shape, in this dtype"
+_EXPLANATION = "BLAKE3 of the row-major little-endian bytes in the published shape, in this dtype"
 _HEX_DIGITS = 64
 
 
@@ -40,7 +40,7 @@ class Record(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: str
-    sha256: str
+    blake3: str
 
 
 class Manifest(NamedTuple):
@@ -85,15 +85,15 @@ def _problems(fields: Mapping[str, Any]) -> Iterator[str]:
         return
     for name, entry in weights.items():
         if not _is_record(entry):
-            yield f"{name[:200]}: expected shape, dtype and {_HEX_DIGITS} digits of sha256, got {str(entry)[:100]}"
+            yield f"{name[:200]}: expected shape, dtype and {_HEX_DIGITS} digits of blake3, got {str(entry)[:100]}"
 
 
 def _is_record(entry) -> bool:
     if not isinstance(entry, dict) or entry.keys() != set(Record._fields):
         return False
-    shape, sha256 = entry["shape"], entry["sha256"]
+    shape, digits = entry["shape"], entry["blake3"]
     is_shape = isinstance(shape, list) and all(type(size) is int and size > 0 for size in shape)
-    return is_shape and entry["dtype"] in [*DTYPES] and isinstance(sha256, str) and len(sha256) == _HEX_DIGITS
+    return is_shape and entry["dtype"] in [*DTYPES] and isinstance(digits, str) and len(digits) == _HEX_DIGITS
 
 
 # -- values -----------------------------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def _is_record(entry) -> bool:
 class Seen(NamedTuple):
     """What is known of a weight once all its values have passed."""
 
-    sha256: str
+    blake3: str
     not_finite: int  # NaN and infinities in the source
     overflow: float  # the largest finite magnitude that became infinite, or 0
     is_zero: bool
@@ -110,7 +110,7 @@ class Seen(NamedTuple):
 
 def look_at(array: np.ndarray, dtype: np.dtype, skipped_rows: int) -> Seen:
     """All that is to be known of a weight, of any strides, which is written as `dtype` without its first rows."""
-    digest, not_finite, overflow, only_zeros = hashlib.sha256(), 0, 0.0, True
+    digest, not_finite, overflow, only_zeros = blake3(), 0, 0.0, True
     for block in row_major_blocks(without_first_rows(array, skipped_rows)):
         rounded = cast(block, dtype)
         not_finite += count_not_finite(block)
@@ -120,8 +120,8 @@ def look_at(array: np.ndarray, dtype: np.dtype, skipped_rows: int) -> Seen:
     return Seen(digest.hexdigest(), not_finite, overflow, only_zeros)
 
 
-def sha256_of(blocks: Iterable[np.ndarray]) -> str:
-    digest = hashlib.sha256()
+def blake3_of(blocks: Iterable[np.ndarray]) -> str:
+    digest = blake3()
     for block in blocks:
         digest.update(as_bytes(block))
     return digest.hexdigest()
@@ -143,10 +143,10 @@ def differing_weights(checkpoint: Checkpoint, manifest: Manifest) -> list[str]:
                 continue
             background.make_room()
             pieces, axis = checkpoint.pieces(name)
-            hashes[name] = background.submit(pieces, _sha256_of_pieces, pieces, axis)
-        differing += [name for name, it in hashes.items() if it.result() != manifest.weights[name].sha256]
+            hashes[name] = background.submit(pieces, _blake3_of_pieces, pieces, axis)
+        differing += [name for name, it in hashes.items() if it.result() != manifest.weights[name].blake3]
     return differing
 
 
-def _sha256_of_pieces(pieces: list[np.ndarray], axis: int) -> str:
-    return sha256_of(joined_blocks(pieces, axis))
+def _blake3_of_pieces(pieces: list[np.ndarray], axis: int) -> str:
+    return blake3_of(joined_blocks(pieces, axis))

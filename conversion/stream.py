@@ -92,7 +92,7 @@ class Stream:
         zeros = [name for name, (_, it) in seen.items() if it.is_zero and len(shapes[name]) > 1]
         if zeros:
             logger.warning("matrices of zeros alone: %s", ", ".join(zeros))
-        return {name: Record(shapes[name], dtype, it.sha256) for name, (dtype, it) in seen.items()}
+        return {name: Record(shapes[name], dtype, it.blake3) for name, (dtype, it) in seen.items()}
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {

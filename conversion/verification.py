@@ -11,7 +11,7 @@ import numpy as np
 from conversion.background import Background
 from conversion.blocks import cast, joined_blocks, paired, row_major_blocks, without_first_rows
 from conversion.checkpoint import Checkpoint, open_checkpoint
-from conversion.manifest import Record, sha256_of
+from conversion.manifest import Record, blake3_of
 from conversion.plan import Source
 from conversion.stored import DTYPES
 from opt_core.errors import CheckpointError, raise_if
@@ -67,7 +67,7 @@ def _is_as_written(
 ) -> bool:
     read_back = joined_blocks(pieces, axis)
     if expected is None:
-        return sha256_of(read_back) == record.sha256
+        return blake3_of(read_back) == record.blake3
     blocks = row_major_blocks(without_first_rows(expected, skipped_rows))
     rounded = (cast(block, DTYPES[record.dtype]) for block in blocks)
     return all(np.array_equal(_wide_bits(a), _wide_bits(b)) for a, b in paired(rounded, read_back))

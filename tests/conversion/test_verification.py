@@ -1,12 +1,12 @@
 """What is written is read again, hashed and looked at: flipped bits, NaN, zeros, and the manifest in every format."""
 
 import contextlib
-import hashlib
 import json
 import logging
 
 import numpy as np
 import pytest
+from blake3 import blake3
 from checkpoints import NUMPY_DTYPES, VARIANTS, config_of, tensors_of
 
 from conversion import open_checkpoint, tables, write, write_checkpoint
@@ -93,7 +93,7 @@ def expected_hashes(tensors, format):
     kept = {name: array.copy() for name, array in tensors.items()}
     if format == "keras-hub":
         kept["decoder.embed_positions.weight"][:2] = 0  # rows for which it has no place
-    return {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in kept.items()}
+    return {name: blake3(array.tobytes()).hexdigest() for name, array in kept.items()}
 
 
 @pytest.mark.parametrize("verify", [False, True])
@@ -105,7 +105,7 @@ def test_the_manifest_hashes_what_reads_back_in_the_schemas_layout(tmp_path, for
     assert tmp_path / MANIFEST_NAME in files
     manifest = read_manifest(tmp_path)
     assert (manifest.format, manifest.task) == (format, "causal-lm")
-    assert {name: record.sha256 for name, record in manifest.weights.items()} == expected_hashes(tensors, format)
+    assert {name: record.blake3 for name, record in manifest.weights.items()} == expected_hashes(tensors, format)
     with open_checkpoint(tmp_path) as checkpoint:
         assert {name: record.shape for name, record in manifest.weights.items()} == checkpoint.shapes
         assert {name: record.dtype for name, record in manifest.weights.items()} == checkpoint.dtypes
@@ -144,7 +144,7 @@ def test_a_checkpoint_is_compared_with_its_manifest_after_a_change(tmp_path):
         (lambda fields: fields.update(version=2), "version"),
         (lambda fields: fields.pop("format"), "format"),
         (lambda fields: fields.update(weights=[]), "weights"),
-        (lambda fields: fields["weights"][EMBEDDING].update(sha256="0"), EMBEDDING),
+        (lambda fields: fields["weights"][EMBEDDING].update(blake3="0"), EMBEDDING),
         (lambda fields: fields["weights"][EMBEDDING].update(shape=[True]), EMBEDDING),
         (lambda fields: fields["weights"].update(more=3), "more"),
     ],
