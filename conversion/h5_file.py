@@ -6,6 +6,7 @@ Sources: `tf_keras.src.saving.legacy.hdf5_format` and what transformers 4.57.6 w
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, BinaryIO
@@ -34,12 +35,14 @@ def _listed_names(file, locations: list[str]) -> dict[str, str]:
     layers = _read_names(file, "layer_names")
     if layers is None:
         raise CheckpointError("", ["layer_names: missing, expected the attribute that Keras 2 writes"])
-    names: dict[str, str] = {}
+    listed: list[tuple[str, str]] = []
     for layer in layers:
         weights = _read_names(file[layer], "weight_names") if layer in file else None
-        names |= {layer: layer} if weights is None else {f"{layer}/{name}": name for name in weights}
-    there = set(locations)
-    problems = [f"{name}: listed in the attributes, but not there" for name in names if name not in there]
+        listed += [(layer, layer)] if weights is None else [(f"{layer}/{name}", name) for name in weights]
+    names, there = dict(listed), set(locations)
+    counts = Counter(location for location, _ in listed)
+    problems = [f"{name}: listed {count} times in the attributes" for name, count in counts.items() if count > 1]
+    problems += [f"{name}: listed in the attributes, but not there" for name in names if name not in there]
     problems += [f"{name}: there, but not listed in the attributes" for name in locations if name not in names]
     raise_if(CheckpointError, "", problems)
     return names

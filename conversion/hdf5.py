@@ -10,6 +10,7 @@ import contextlib
 import io
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple
@@ -23,7 +24,7 @@ from opt_core.errors import CheckpointError, raise_if
 MAX_OBJECTS = 1 << 15  # four times what OPT's largest has, with every group and the state of an optimizer
 _MAX_DEPTH = 16
 _MAX_COMPRESSION = 1000  # bytes declared for one stored; deflate reaches 1032
-_GZIP_AND_SHUFFLE = (1, 2)  # HDF5's numbers of filters
+_GZIP, _SHUFFLE = 1, 2  # HDF5's numbers of filters
 _ALIGNMENT = 64
 
 # From an open file and the paths of its datasets to the names of those that are weights; raises CheckpointError.
@@ -50,7 +51,7 @@ class H5File(MappedFile):
             return super().read(name)
         try:
             with _opened(self.path, self._part) as file:
-                return file[self._packed[name]][()].view(DTYPES[self.tensors[name].dtype])
+                return _unpacked(file[self._packed[name]]).view(DTYPES[self.tensors[name].dtype])
         except Exception as error:  # h5py raises what HDF5 reports as one of half a dozen types
             raise CheckpointError(str(self.path), [f"{name}: damaged: {str(error)[:200]}"]) from None
 
@@ -112,6 +113,36 @@ class _PartOfFile(io.RawIOBase):
     def close(self) -> None:
         self._file.close()
         super().close()
+
+
+def _unpacked(dataset) -> np.ndarray:
+    """The values, chunk by chunk: HDF5 itself would follow a gzip stream as far as it goes, whatever was declared."""
+    if dataset.chunks is None:
+        return dataset[()]
+    array, filters = np.empty(dataset.shape, dataset.dtype), _filters(dataset)
+    for window in dataset.iter_chunks():
+        skipped, data = dataset.id.read_direct_chunk(tuple(along.start for along in window))
+        used = [number for place, number in enumerate(filters) if not skipped >> place & 1]
+        chunk = _unpacked_chunk(data, used, math.prod(dataset.chunks) * dataset.dtype.itemsize, dataset.dtype)
+        array[window] = chunk.reshape(dataset.chunks)[tuple(slice(along.stop - along.start) for along in window)]
+    return array
+
+
+def _unpacked_chunk(data: bytes, filters: list[int], nbytes: int, dtype: np.dtype) -> np.ndarray:
+    if _GZIP in filters:
+        stream = zlib.decompressobj()
+        data = stream.decompress(data, nbytes + 1)
+    if len(data) != nbytes:
+        raise ValueError(f"expected a chunk of {nbytes} bytes, got {len(data)} or more")
+    array = np.frombuffer(data, np.uint8)
+    if _SHUFFLE in filters:  # first bytes of all numbers, then second ones, ...
+        array = np.ascontiguousarray(array.reshape(dtype.itemsize, -1).T).reshape(-1)
+    return array.view(dtype)
+
+
+def _filters(dataset) -> list[int]:
+    settings = dataset.id.get_create_plist()
+    return [settings.get_filter(place)[0] for place in range(settings.get_nfilters())]
 
 
 def _open(file, path: Path, names_of: NamesOf, part: Part | None) -> H5File:
@@ -182,10 +213,9 @@ def _dataset_problem(dataset, file_bytes: int) -> str | None:
         return f"expected a dtype of {', '.join(DTYPES)}, got {str(dataset.dtype)[:100]}"
     if not dataset.shape or 0 in dataset.shape or len(dataset.shape) > 8:
         return f"expected one to 8 axes of positive length, got {dataset.shape}"
-    settings = dataset.id.get_create_plist()
-    filters = {settings.get_filter(number)[0] for number in range(settings.get_nfilters())}
-    if not filters <= {*_GZIP_AND_SHUFFLE}:
-        return f"expected no filters but gzip and shuffle, got those numbered {sorted(filters)}"
+    filters = _filters(dataset)
+    if filters not in ([], [_SHUFFLE], [_GZIP], [_SHUFFLE, _GZIP]):
+        return f"expected no filters but gzip and shuffle before it, got those numbered {filters}"
     nbytes = math.prod(dataset.shape) * dataset.dtype.itemsize
     return _size_problem(dataset, nbytes, file_bytes)
 
