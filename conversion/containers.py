@@ -8,24 +8,17 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from conversion import (
-    ctranslate2_config,
-    ctranslate2_file,
-    h5_file,
-    keras_hub,
-    keras_hub_weights,
-    metaseq,
-    metaseq_config,
-    msgpack_file,
-    orbax_folder,
-    safetensors_file,
-    tensor_bundle,
-    torch_zip,
-)
+from conversion import msgpack_file, safetensors_file
+from conversion.ctranslate2 import ctranslate2_config, ctranslate2_file
 from conversion.formats import FORMATS, Format, without_scope
 from conversion.index import check_against_shards, read_index, warn_of_size
+from conversion.keras import h5_file, keras_hub, keras_hub_weights
+from conversion.metaseq import metaseq_checkpoint, metaseq_config
+from conversion.orbax import orbax_folder
+from conversion.pytorch import torch_zip
 from conversion.safetensors_file import PlannedTensor
 from conversion.stored import MappedFile, TensorFile
+from conversion.tf_checkpoint import tensor_bundle
 from opt_core.config import OPTConfig
 from opt_core.errors import CheckpointError
 
@@ -97,12 +90,12 @@ def _write_h5(file, tensors: Iterable[PlannedTensor], write_tensor: WriteTensor,
 
 
 def _open_metaseq(path: Path, format: Format, config: OPTConfig | None, verify: bool) -> Opened:
-    opened = metaseq.open_parts(path, config, verify=verify)
-    return Opened(opened.parts, lambda: metaseq.config_of(opened))
+    opened = metaseq_checkpoint.open_parts(path, config, verify=verify)
+    return Opened(opened.parts, lambda: metaseq_checkpoint.config_of(opened))
 
 
 def _write_metaseq(file, tensors: Iterable[PlannedTensor], write_tensor: WriteTensor, config: OPTConfig, parts: int):
-    metaseq.write_part(file, tensors, write_tensor, cfg=metaseq_config.cfg_of(config, parts))
+    metaseq_checkpoint.write_part(file, tensors, write_tensor, cfg=metaseq_config.cfg_of(config, parts))
 
 
 def _open_ctranslate2(path: Path, *_: Any) -> Opened:

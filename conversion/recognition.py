@@ -6,12 +6,14 @@ A name alone is never believed: a file whose name and content disagree is refuse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from conversion import safetensors_file, tensor_bundle, torch_zip
+from conversion import safetensors_file
 from conversion.containers import CONTAINERS
 from conversion.formats import FORMATS, Format, published_of
 from conversion.index import index_files
 from conversion.names import canonical_name, is_weight_name
+from conversion.pytorch import torch_zip
 from conversion.stored import TensorFile
+from conversion.tf_checkpoint import tensor_bundle
 from opt_core.errors import CheckpointError
 
 _INDEX_SUFFIX = ".index.json"

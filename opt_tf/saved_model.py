@@ -1,6 +1,6 @@
 """A model as a SavedModel, TensorFlow: its weights and the program that uses them, to be served without this package.
 
-Written only. The weights of one are read from its variables (`conversion.tensor_bundle`); its program is never run.
+Written only. The weights of one are read from its variables (`conversion.tf_checkpoint`); its program is never run.
 """
 
 from collections.abc import Mapping

@@ -11,8 +11,8 @@ from checkpoints import NUMPY_DTYPES, TINY, assert_holds, config_of, tensors_of
 from ctranslate2.converters import TransformersConverter
 
 from conversion import open_checkpoint, write_checkpoint
-from conversion.ctranslate2_config import config_of as converted_config
-from conversion.ctranslate2_file import open_file
+from conversion.ctranslate2.ctranslate2_config import config_of as converted_config
+from conversion.ctranslate2.ctranslate2_file import open_file
 from opt_core.errors import CheckpointError, ConfigError, InputError
 from opt_core.reference import Reference
 

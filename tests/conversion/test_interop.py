@@ -12,7 +12,7 @@ import transformers
 from checkpoints import NUMPY_DTYPES, VARIANTS, assert_holds, config_of, tensors_of
 
 from conversion import open_checkpoint, write_checkpoint
-from conversion.torch_zip import read_tensors
+from conversion.pytorch.torch_zip import read_tensors
 from opt_core.schema import published_name
 
 CLASSES = {

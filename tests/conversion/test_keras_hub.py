@@ -12,10 +12,11 @@ import pytest
 from checkpoints import NUMPY_DTYPES, assert_holds, config_of, tensors_of
 from keras_hub.models import OPTBackbone, OPTCausalLM
 
-from conversion import keras_hub_weights, open_checkpoint, write_checkpoint
-from conversion.keras_hub import FIELDS, preset_files
-from conversion.keras_hub import config_of as preset_config
-from conversion.keras_hub_weights import INDEX_NAME, open_file, open_shards, write_file, write_folder
+from conversion import open_checkpoint, write_checkpoint
+from conversion.keras import keras_hub_weights
+from conversion.keras.keras_hub import FIELDS, preset_files
+from conversion.keras.keras_hub import config_of as preset_config
+from conversion.keras.keras_hub_weights import INDEX_NAME, open_file, open_shards, write_file, write_folder
 from conversion.safetensors_file import PlannedTensor
 from opt_core import OPTConfig
 from opt_core.errors import CheckpointError, ConfigError

@@ -10,8 +10,9 @@ import pytest
 import torch
 from metaseq_files import LAYOUTS, assert_holds, bytes_of
 
-from conversion import metaseq, open_checkpoint, write_checkpoint
-from conversion.metaseq_config import cfg_of
+from conversion import open_checkpoint, write_checkpoint
+from conversion.metaseq import metaseq_checkpoint as metaseq
+from conversion.metaseq.metaseq_config import cfg_of
 from conversion.safetensors_file import PlannedTensor
 from opt_core.errors import CheckpointError
 
@@ -181,7 +182,7 @@ def test_no_framework_is_loaded(tmp_path):
     code = f"""if True:
         import sys
         from pathlib import Path
-        from conversion import metaseq
+        from conversion.metaseq import metaseq_checkpoint as metaseq
         opened = metaseq.open_parts(Path({str(tmp_path)!r}))
         assert opened.parts[0].read("decoder.embed_tokens.weight").shape == (56, 66)
         print(sorted({{"torch", "omegaconf", "metaseq", "tensorflow", "jax"}} & set(sys.modules)))"""

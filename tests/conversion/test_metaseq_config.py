@@ -7,8 +7,8 @@ import metaseq_files as files
 import pytest
 import torch
 
-from conversion import metaseq
-from conversion.metaseq_config import FIXED, SETTINGS, cfg_of, config_of_settings, settings_of
+from conversion.metaseq import metaseq_checkpoint as metaseq
+from conversion.metaseq.metaseq_config import FIXED, SETTINGS, cfg_of, config_of_settings, settings_of
 from opt_core import OPTConfig
 from opt_core.errors import CheckpointError, ConfigError
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conversion.metaseq_flat import Group, Shard, cut, groups_of_config, groups_of_metadata, is_flat, padded
+from conversion.metaseq.metaseq_flat import Group, Shard, cut, groups_of_config, groups_of_metadata, is_flat, padded
 from conversion.stored import StoredTensor
 from opt_core import OPTConfig
 from opt_core.schema import parameter_count

@@ -10,7 +10,7 @@ import pytest
 import torch
 from metaseq_files import LAYOUTS, assert_holds, bytes_of
 
-from conversion import metaseq
+from conversion.metaseq import metaseq_checkpoint as metaseq
 from opt_core.errors import CheckpointError, ConfigError
 
 NORM, BIAS = "decoder.layer_norm.weight", "decoder.layers.1.fc2.bias"

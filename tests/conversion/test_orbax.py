@@ -20,7 +20,8 @@ import pytest
 import tensorstore
 from flax import nnx
 
-from conversion import chunk_store, crc32c, ocdbt, orbax_folder, zstd_frame
+from conversion import crc32c
+from conversion.orbax import chunk_store, ocdbt, orbax_folder, zstd_frame
 from conversion.safetensors_file import PlannedTensor
 from opt_core.errors import CheckpointError
 
@@ -1065,7 +1066,7 @@ def run(code: str) -> subprocess.CompletedProcess:
 def test_reading_and_writing_import_neither_jax_nor_orbax(good, tmp_path):
     (tmp_path / "out").mkdir()
     done = run(
-        "import sys; from pathlib import Path; from conversion import orbax_folder as o;"
+        "import sys; from pathlib import Path; from conversion.orbax import orbax_folder as o;"
         "from conversion.safetensors_file import PlannedTensor;"
         f"[o.open_folder(Path({str(good['ocdbt'])!r})).read(n) for n in ({KERNEL!r}, {BIAS!r})];"
         f"o.write_folder(Path({str(tmp_path / 'out')!r}), [PlannedTensor('a.b', 'float32', (3,))],"
@@ -1078,7 +1079,8 @@ def test_reading_and_writing_import_neither_jax_nor_orbax(good, tmp_path):
 @pytest.mark.parametrize("form", ["ocdbt", "zarr"])
 def test_without_tensorstore_the_error_says_what_to_install(good, form):
     done = run(
-        "import sys; sys.modules['tensorstore'] = None; from pathlib import Path; from conversion import orbax_folder\n"
+        "import sys; sys.modules['tensorstore'] = None; from pathlib import Path\n"
+        "from conversion.orbax import orbax_folder\n"
         f"try: orbax_folder.open_folder(Path({str(good[form])!r}))\n"
         "except ImportError as error: print(type(error).__name__, error)"
     )

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from conversion import crc32c
-from conversion.bundle_entry import text_bytes
-from conversion.protobuf_wire import Fixed32, fields, message, varint
 from conversion.safetensors_file import PlannedTensor
-from conversion.sstable import MAGIC, MAX_TABLE_BYTES, read_table, table_bytes
-from conversion.tensor_bundle import latest_index, open_file, write_folder
-from conversion.trackable_graph import graph_bytes, variable_names
+from conversion.tf_checkpoint.bundle_entry import text_bytes
+from conversion.tf_checkpoint.protobuf_wire import Fixed32, fields, message, varint
+from conversion.tf_checkpoint.sstable import MAGIC, MAX_TABLE_BYTES, read_table, table_bytes
+from conversion.tf_checkpoint.tensor_bundle import latest_index, open_file, write_folder
+from conversion.tf_checkpoint.trackable_graph import graph_bytes, variable_names
 from opt_core.errors import CheckpointError, InputError
 
 FC1, BIAS, HEAD = "model/decoder/layers/0/fc1/weight", "model/decoder/layers/0/fc1/bias", "lm_head/weight"

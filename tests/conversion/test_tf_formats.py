@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from checkpoints import VARIANTS, assert_holds, config_of, tensors_of
 
-from conversion import h5_file, open_checkpoint, write_checkpoint
-from conversion.h5_file import write_file
+from conversion import open_checkpoint, write_checkpoint
+from conversion.keras import h5_file
+from conversion.keras.h5_file import write_file
 from conversion.safetensors_file import PlannedTensor
 from opt_core.errors import CheckpointError
 

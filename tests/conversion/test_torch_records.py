@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from conversion import torch_pickle, torch_records, torch_zip
-from conversion.torch_pickle import Refused
+from conversion.pytorch import torch_pickle, torch_records, torch_zip
+from conversion.pytorch.torch_pickle import Refused
 
 
 class Colour(enum.Enum):

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 from harness import MASKS, config_of, mask_named, token_ids
 
-from conversion.tensor_bundle import open_file
+from conversion.tf_checkpoint.tensor_bundle import open_file
 from opt_core import OPTConfig
 from opt_core.errors import InputError
 from opt_core.schema import published_name, shapes

@@ -1,4 +1,4 @@
-"""tf.train.Checkpoint and `conversion.tensor_bundle`: each reads what the other writes."""
+"""tf.train.Checkpoint and `conversion.tf_checkpoint.tensor_bundle`: each reads what the other writes."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import tensorflow as tf
 from harness import config_of, token_ids
 
 from conversion.safetensors_file import PlannedTensor
-from conversion.tensor_bundle import open_file, write_folder
+from conversion.tf_checkpoint.tensor_bundle import open_file, write_folder
 from opt_core.schema import published_name, shapes
 from opt_tf import TFOPTForCausalLM, TFOPTForQuestionAnswering, TFOPTModel
 

@@ -57,7 +57,7 @@ def orbax_folders(folder: Path, config=CONFIG, tensors=None) -> None:
 
 def keras_hub_shards(folder: Path, config=CONFIG, tensors=None, count: int = 3) -> None:
     """A preset whose weights are in several files."""
-    from conversion.keras_hub_weights import write_file
+    from conversion.keras.keras_hub_weights import write_file
     from conversion.safetensors_file import PlannedTensor
 
     write_checkpoint(folder, config, tensors or tensors_of(config), format="keras-hub")

@@ -5,11 +5,11 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-from conversion.bundle_entry import entry_bytes, read_entry
 from conversion.crc32c import extend, masked
-from conversion.protobuf_wire import message
-from conversion.sstable import read_table, table_bytes
-from conversion.trackable_graph import GRAPH_KEY, graph_bytes, key_of
+from conversion.tf_checkpoint.bundle_entry import entry_bytes, read_entry
+from conversion.tf_checkpoint.protobuf_wire import message
+from conversion.tf_checkpoint.sstable import read_table, table_bytes
+from conversion.tf_checkpoint.trackable_graph import GRAPH_KEY, graph_bytes, key_of
 from hostile.bases import TENSORS
 from hostile.case import Case, cases
 

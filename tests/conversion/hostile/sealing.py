@@ -5,11 +5,12 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from conversion import ocdbt, sstable
-from conversion.bundle_entry import read_entry, read_text
 from conversion.crc32c import extend, masked
-from conversion.protobuf_wire import varint
-from conversion.trackable_graph import GRAPH_KEY
+from conversion.orbax import ocdbt
+from conversion.tf_checkpoint import sstable
+from conversion.tf_checkpoint.bundle_entry import read_entry, read_text
+from conversion.tf_checkpoint.protobuf_wire import varint
+from conversion.tf_checkpoint.trackable_graph import GRAPH_KEY
 from hostile.bases import weight_files
 from hostile.bundle_cases import graph, index_of
 

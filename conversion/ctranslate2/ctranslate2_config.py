@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from conversion.ctranslate2_file import CTranslate2File
+from conversion.ctranslate2.ctranslate2_file import CTranslate2File
 from opt_core.config import CONFIG_NAME, LAYER_NORM_EPS, OPTConfig
 from opt_core.errors import ConfigError, raise_if
 from opt_core.json_file import MAX_JSON_BYTES, read_json_object

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, BinaryIO
 
-from conversion import keras_h5
-from conversion.hdf5 import H5File
 from conversion.index import file_problems, plan_shards
+from conversion.keras import keras_h5
+from conversion.keras.hdf5 import H5File
 from conversion.safetensors_file import PlannedTensor
 from opt_core.errors import CheckpointError, ConfigError, raise_if
 from opt_core.json_file import read_json_object

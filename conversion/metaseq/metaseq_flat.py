@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from conversion.pytorch.torch_pickle import outline
 from conversion.stored import DTYPES, MappedFile, StoredTensor
-from conversion.torch_pickle import outline
 from opt_core.config import POSITION_OFFSET, OPTConfig
 from opt_core.errors import CheckpointError, raise_if
 

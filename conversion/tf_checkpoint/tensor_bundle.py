@@ -16,7 +16,10 @@ from typing import IO, cast
 import numpy as np
 
 from conversion import crc32c
-from conversion.bundle_entry import (
+from conversion.index import file_problems
+from conversion.safetensors_file import ALIGNMENT, PlannedTensor
+from conversion.stored import MappedFile, StoredTensor
+from conversion.tf_checkpoint.bundle_entry import (
     Entry,
     entry_bytes,
     place_problems,
@@ -25,12 +28,16 @@ from conversion.bundle_entry import (
     text_bytes,
     weight_problems,
 )
-from conversion.index import file_problems
-from conversion.protobuf_wire import Malformed, bytes_of, message, number_of, values
-from conversion.safetensors_file import ALIGNMENT, PlannedTensor
-from conversion.sstable import read_table, table_bytes
-from conversion.stored import MappedFile, StoredTensor
-from conversion.trackable_graph import COUNTER_NAME, GRAPH_KEY, graph_bytes, key_of, name_of, variable_names
+from conversion.tf_checkpoint.protobuf_wire import Malformed, bytes_of, message, number_of, values
+from conversion.tf_checkpoint.sstable import read_table, table_bytes
+from conversion.tf_checkpoint.trackable_graph import (
+    COUNTER_NAME,
+    GRAPH_KEY,
+    graph_bytes,
+    key_of,
+    name_of,
+    variable_names,
+)
 from opt_core.errors import CheckpointError, raise_if
 
 _SUFFIX = ".index"

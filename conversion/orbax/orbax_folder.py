@@ -14,9 +14,9 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from conversion.chunk_store import ChunkStore, ocdbt_spec, open_store
-from conversion.ocdbt import MANIFEST, import_tensorstore
-from conversion.orbax_tree import (
+from conversion.orbax.chunk_store import ChunkStore, ocdbt_spec, open_store
+from conversion.orbax.ocdbt import MANIFEST, import_tensorstore
+from conversion.orbax.orbax_tree import (
     METADATA,
     Description,
     Leaf,
@@ -27,9 +27,9 @@ from conversion.orbax_tree import (
     reason_to_skip,
     write_description,
 )
+from conversion.orbax.zarr_array import ZarrArray, check_chunk, chunks_problem, read_metadata
 from conversion.safetensors_file import PlannedTensor
 from conversion.stored import DTYPES, StoredTensor
-from conversion.zarr_array import ZarrArray, check_chunk, chunks_problem, read_metadata
 from opt_core.errors import CheckpointError, raise_if
 
 _CONFIG = {"max_inline_value_bytes": 1024, "compression": {"id": "zstd"}}  # of the database, as in Orbax

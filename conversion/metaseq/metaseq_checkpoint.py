@@ -15,14 +15,15 @@ from typing import IO, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from conversion import metaseq_flat, torch_zip
-from conversion.metaseq_config import APART, JOINT, config_of_settings, is_model_parallel, settings_of
-from conversion.metaseq_files import files_of
-from conversion.metaseq_flat import ROOT, Group, Shard, is_flat
-from conversion.metaseq_parts import check_parts, without_leftover_head, without_nested_layers
+from conversion.metaseq import metaseq_flat
+from conversion.metaseq.metaseq_config import APART, JOINT, config_of_settings, is_model_parallel, settings_of
+from conversion.metaseq.metaseq_files import files_of
+from conversion.metaseq.metaseq_flat import ROOT, Group, Shard, is_flat
+from conversion.metaseq.metaseq_parts import check_parts, without_leftover_head, without_nested_layers
+from conversion.pytorch import torch_zip
+from conversion.pytorch.torch_records import plain
 from conversion.safetensors_file import PlannedTensor
 from conversion.stored import DTYPES, MappedFile
-from conversion.torch_records import plain
 from opt_core.config import OPTConfig
 from opt_core.errors import CheckpointError, raise_if
 

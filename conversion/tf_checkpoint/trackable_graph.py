@@ -9,8 +9,8 @@ from collections import deque
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from conversion.protobuf_wire import Malformed, bytes_of, fields, message, number_of, values
-from conversion.sstable import MAX_KEY_BYTES
+from conversion.tf_checkpoint.protobuf_wire import Malformed, bytes_of, fields, message, number_of, values
+from conversion.tf_checkpoint.sstable import MAX_KEY_BYTES
 
 GRAPH_KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"
 COUNTER_NAME = "save_counter"  # of tf.train.Checkpoint

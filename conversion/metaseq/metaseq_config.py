@@ -9,8 +9,8 @@ from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from conversion.metaseq_parts import EMBEDDING
-from conversion.torch_pickle import outline
+from conversion.metaseq.metaseq_parts import EMBEDDING
+from conversion.pytorch.torch_pickle import outline
 from opt_core.config import POSITION_OFFSET, OPTConfig
 from opt_core.errors import CheckpointError, ConfigError, raise_if
 

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from conversion import keras_h5
+from conversion.keras import keras_h5
 from opt_core.config import CONFIG_NAME, POSITION_OFFSET, OPTConfig
 from opt_core.errors import CheckpointError, ConfigError, raise_if
 from opt_core.json_file import read_json_object

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from conversion import crc32c
-from conversion.protobuf_wire import Malformed, read_varint, varint
+from conversion.tf_checkpoint.protobuf_wire import Malformed, read_varint, varint
 from opt_core.errors import CheckpointError
 
 MAGIC = bytes.fromhex("57fb808b247547db")  # the last bytes of the file

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from conversion import crc32c
-from conversion.protobuf_wire import (
+from conversion.tf_checkpoint.protobuf_wire import (
     Fixed32,
     Malformed,
     bytes_of,

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from conversion import crc32c, zstd_frame
+from conversion import crc32c
+from conversion.orbax import zstd_frame
 from opt_core.errors import MissingFrameworkError
 
 MANIFEST = "manifest.ocdbt"

@@ -13,7 +13,7 @@ from typing import IO, BinaryIO
 
 import numpy as np
 
-from conversion.hdf5 import MAX_OBJECTS, H5File, create, make_dataset, open_datasets, write_values
+from conversion.keras.hdf5 import MAX_OBJECTS, H5File, create, make_dataset, open_datasets, write_values
 from conversion.safetensors_file import PlannedTensor
 from opt_core.errors import CheckpointError, raise_if
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple
 
-from conversion import torch_pickle, torch_records
+from conversion.pytorch import torch_pickle, torch_records
 from conversion.safetensors_file import ALIGNMENT, PlannedTensor
 from conversion.stored import DTYPES, StoredTensor, row_major_strides
 from opt_core.errors import CheckpointError, raise_if

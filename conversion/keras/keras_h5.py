@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from conversion.hdf5 import H5File, Part, create, make_dataset, open_datasets, write_values
+from conversion.keras.hdf5 import H5File, Part, create, make_dataset, open_datasets, write_values
 from conversion.safetensors_file import PlannedTensor
 from opt_core.config import CONFIG_NAME
 from opt_core.errors import CheckpointError, raise_if

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from conversion import ocdbt
-from conversion.ocdbt import Value
+from conversion.orbax import ocdbt
+from conversion.orbax.ocdbt import Value
 from opt_core.errors import CheckpointError, raise_if
 
 _MAX_FILES = 1 << 17

@@ -11,8 +11,8 @@ import struct
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from conversion import zstd_frame
-from conversion.chunk_store import ChunkStore
+from conversion.orbax import zstd_frame
+from conversion.orbax.chunk_store import ChunkStore
 from conversion.stored import DTYPES
 from opt_core.json_file import unique_keys
 

@@ -11,7 +11,7 @@ import io
 import pickle
 from typing import Any, ClassVar, NamedTuple
 
-from conversion.torch_pickle import GLOBALS, Refused, Unpickler, View, asks_for, load, opcodes
+from conversion.pytorch.torch_pickle import GLOBALS, Refused, Unpickler, View, asks_for, load, opcodes
 
 _MAX_DEPTH = 32
 _MAX_PROBLEMS = 20

@@ -1,0 +1,1 @@
+"""Orbax's folders, read and written through tensorstore."""

@@ -1,0 +1,1 @@
+"""PyTorch's zip and the pickles in it, read and written without torch."""
