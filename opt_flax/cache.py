@@ -7,8 +7,9 @@ since a NaN in an unread slot would still reach the output as 0 x NaN.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from opt_core.config import OPTConfig
 
@@ -55,11 +56,39 @@ def grow(cache: Cache, tokens: int) -> Cache:
     return type(cache)(tuple(map(longer, cache.keys)), tuple(map(longer, cache.values)), cache.lengths)
 
 
+@jax.custom_jvp
 def write(buffer_BNSH: Array, x_BNTH: Array, lengths_B: Array) -> Array:
-    """Puts T new tokens behind the filled slots of each row; what lies beyond the capacity (padding) is dropped."""
-    rows_B1 = jnp.arange(len(lengths_B))[:, None]
-    slots_BT = lengths_B[:, None] + jnp.arange(x_BNTH.shape[2])
-    return buffer_BNSH.at[rows_B1, :, slots_BT].set(x_BNTH.swapaxes(1, 2), mode="drop")
+    """Puts T new tokens behind the filled slots of each row; what lies beyond the capacity (padding) is dropped.
+
+    bfloat16 is moved as integers: XLA on a CPU (jax 0.10) would widen the whole buffer to scatter a few values into it.
+    """
+    bits_BNTH = as_bits(x_BNTH.astype(buffer_BNSH.dtype))
+    return from_bits(_scatter(as_bits(buffer_BNSH), bits_BNTH, lengths_B), buffer_BNSH.dtype)
+
+
+@write.defjvp
+def _write_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+    d_buffer_BNSH, d_x_BNTH, _ = tangents
+    return write(*primals), _scatter(d_buffer_BNSH, d_x_BNTH.astype(d_buffer_BNSH.dtype), primals[2])
+
+
+def _scatter(buffer_BNSH: Array, x_BNTH: Array, lengths_B: Array) -> Array:
+    """An index for each head: by row and slot alone, XLA updates a batch of one row in copies (CPU, jax 0.10)."""
+    B, N, T, _ = x_BNTH.shape
+    slots_B1T = (lengths_B[:, None] + jnp.arange(T))[:, None]
+    return buffer_BNSH.at[jnp.arange(B)[:, None, None], jnp.arange(N)[:, None], slots_B1T].set(
+        x_BNTH, mode="drop", unique_indices=True
+    )
+
+
+def as_bits(x: Array) -> Array:
+    """bfloat16 as the integers of its bits, anything else as it is."""
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def from_bits(x: Array, dtype) -> Array:
+    """The inverse of `as_bits`."""
+    return lax.bitcast_convert_type(x, dtype) if dtype == jnp.bfloat16 else x
 
 
 def with_capacity(cache: Cache, capacity: int) -> Cache:

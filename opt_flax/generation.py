@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array, lax
 
 from opt_core.generation import GenerationPlan, bucketed, plan_generation
-from opt_flax.cache import Cache, with_capacity
+from opt_flax.cache import Cache, as_bits, from_bits, with_capacity
 from opt_flax.inputs import known
 from opt_flax.packing import pool_last_token
 
@@ -92,12 +92,13 @@ def _decode(
         return (count < max_new_tokens) & ~ended_B.all()
 
     def step(carry):
-        tokens_BS, count, token_B, ended_B, cache = carry
-        logits_BV, cache = model.decode_step(token_B, cache)
+        tokens_BS, count, token_B, ended_B, bits = carry
+        logits_BV, cache = model.decode_step(token_B, jax.tree.map(from_bits, bits, dtypes))
         token_B, ended_B = choose(logits_BV, ended_B)
-        return tokens_BS.at[:, count].set(token_B), count + 1, token_B, ended_B, cache
+        return tokens_BS.at[:, count].set(token_B), count + 1, token_B, ended_B, jax.tree.map(as_bits, cache)
 
     token_B, ended_B = choose(logits_BV, jnp.zeros(len(logits_BV), bool))
     tokens_BS = jnp.zeros((len(token_B), cache.capacity), jnp.int32).at[:, 0].set(token_B)
-    tokens_BS, count, _, _, cache = lax.while_loop(goes_on, step, (tokens_BS, 1, token_B, ended_B, cache))
-    return tokens_BS, count, cache
+    dtypes, bits = jax.tree.map(lambda x: x.dtype, cache), jax.tree.map(as_bits, cache)  # so no step makes bits of it
+    tokens_BS, count, _, _, bits = lax.while_loop(goes_on, step, (tokens_BS, 1, token_B, ended_B, bits))
+    return tokens_BS, count, jax.tree.map(from_bits, bits, dtypes)

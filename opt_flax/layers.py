@@ -6,6 +6,7 @@ Parameters and results have one dtype; products, norms and activations are compu
 import contextlib
 import contextvars
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ from flax import nnx
 from jax import Array, lax
 
 from opt_core.config import LAYER_NORM_EPS
+
+FEW_ROWS = 16  # up to here, reading the weights takes longer than multiplying with them
 
 
 def at_least_float32(dtype) -> jnp.dtype:
@@ -113,12 +116,31 @@ class LayerNorm(nnx.Module):
 
 @jax.jit
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    y = contract("...i,oi->...o", x, weight)
+    """x W^T + b in the dtype of `x`."""
+    few_rows = math.prod(x.shape[:-1]) <= FEW_ROWS and jax.default_backend() == "cpu"
+    y = _weight_first(x, weight) if few_rows else contract("...i,oi->...o", x, weight)
     return (y if bias is None else y + bias).astype(x.dtype)
+
+
+def _weight_first(x: Array, weight: Array) -> Array:
+    """x W^T as (W x^T)^T: on a CPU (jax 0.10) XLA then reads W as it lies; for x W^T it packs W each time.
+
+    It multiplies bfloat16 as it is only where both factors have two rows; one row of x would bring a float32 copy of W.
+    """
+    rows_RI = x.reshape(-1, x.shape[-1])
+    R = len(rows_RI)
+    if R == 1 and x.dtype == jnp.bfloat16:
+        rows_RI = jnp.pad(rows_RI, ((0, 1), (0, 0)))
+    y_OR = lax.optimization_barrier(contract("oi,ri->or", weight, rows_RI))  # or XLA makes it x W^T again
+    return y_OR[:, :R].T.reshape(*x.shape[:-1], len(weight))
 
 
 @jax.jit
 def rows(table: Array, ids: Array) -> Array:
+    if (
+        table.dtype == jnp.bfloat16
+    ):  # in a loop, XLA on a CPU (jax 0.10) would keep a float32 copy of the table otherwise
+        table, ids = lax.optimization_barrier((table, ids))
     return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
