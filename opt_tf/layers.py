@@ -23,6 +23,8 @@ ACTIVATION_FUNCTIONS = {
     "silu": tf.nn.silu,
 }
 
+FEW_ROWS = 16  # up to here, reading the weights takes longer than multiplying with them
+
 _no_values = contextvars.ContextVar("no_values", default=False)
 
 
@@ -128,10 +130,28 @@ class LayerNorm(Module):
 def linear(x: Tensor, weight: keras.Variable, bias: keras.Variable | None = None) -> Tensor:
     """x W^T + b in the dtype of `x`; leading dimensions are joined, since TensorFlow broadcasts W otherwise."""
     out_features, in_features = weight.shape
-    rows = tf.matmul(tf.reshape(x, [-1, in_features]), tf.cast(weight, x.dtype), transpose_b=True)
-    if bias is not None:
-        rows = tf.nn.bias_add(rows, tf.cast(bias, x.dtype))
-    return tf.reshape(rows, [*dims(x)[:-1], out_features])
+    rows_RI, weight = tf.reshape(x, [-1, in_features]), tf.cast(weight, x.dtype)
+    bias = None if bias is None else tf.cast(bias, x.dtype)
+    few_rows = rows_RI.shape[0] is not None and rows_RI.shape[0] <= FEW_ROWS
+    if few_rows and not tf.executing_eagerly() and not _has_gpu():
+        rows_RO = _weight_first(rows_RI, weight, bias)
+    else:
+        rows_RO = tf.matmul(rows_RI, weight, transpose_b=True)
+        rows_RO = rows_RO if bias is None else tf.nn.bias_add(rows_RO, bias)
+    return tf.reshape(rows_RO, [*dims(x)[:-1], out_features])
+
+
+def _weight_first(x_RI: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b as (W x^T + b)^T: on a CPU (TensorFlow 2.21) XLA then reads W as it lies; else it packs W each time.
+
+    The bias is added first, or XLA would make it x W^T again.
+    """
+    y_OR = tf.matmul(weight, x_RI, transpose_b=True)
+    return tf.transpose(y_OR if bias is None else y_OR + bias[:, None])
+
+
+def _has_gpu() -> bool:
+    return bool(tf.config.list_logical_devices("GPU"))
 
 
 def drop_values(x: Tensor, rate: float) -> Tensor:
