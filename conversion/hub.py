@@ -3,6 +3,7 @@
 Only config.json and the weights in one format are fetched. `huggingface_hub` is imported when a hub is needed.
 """
 
+import contextlib
 import os
 import re
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from conversion.formats import FORMATS
 from conversion.index import index_files
 from opt_core.config import CONFIG_NAME
 from opt_core.errors import CheckpointError
+from opt_core.generation_config import GENERATION_CONFIG_NAME
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
@@ -63,6 +65,7 @@ def _fetch(repo_id: str, revision: str | None, options: dict) -> Path:
         config = fetch(CONFIG_NAME, revision)
         commit = _commit(config) or revision  # the weights come from the same commit, whatever is pushed meanwhile
         _fetch_weights(repo_id, lambda name: fetch(name, commit))
+        _fetch_generation_config(lambda name: fetch(name, commit))
     except (OSError, ValueError) as error:  # what the hub client raises derives from these two
         if isinstance(error, CheckpointError):
             raise
@@ -94,6 +97,14 @@ def _fetch_weights(repo_id: str, fetch: Callable[[str], Path]) -> None:
     raise CheckpointError(
         repo_id, ["no such local file or folder", f"hub: has {CONFIG_NAME}, but none of {', '.join(tried)}"]
     )
+
+
+def _fetch_generation_config(fetch: Callable[[str], Path]) -> None:
+    """Options of generation, which few repositories have."""
+    from huggingface_hub.utils import EntryNotFoundError
+
+    with contextlib.suppress(EntryNotFoundError):  # where the hub cannot be reached either, the cache has none
+        fetch(GENERATION_CONFIG_NAME)
 
 
 def _names_on_the_hub() -> dict[str, str]:

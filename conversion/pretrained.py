@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from conversion.hub import resolve
 from opt_core.checks import check_config
 from opt_core.config import DTYPES, OPTConfig
 from opt_core.errors import ConfigError, InputError, raise_if
+from opt_core.generation_config import GENERATION_CONFIG_NAME, GenerationConfig
 from opt_core.schema import SCHEMA, head_names, shapes
 
 logger = logging.getLogger(__name__)
@@ -25,6 +27,7 @@ class Pretrained(NamedTuple):
     dtype: str  # name of the dtype to load parameters in
     new: tuple[str, ...]  # head weights that the checkpoint lacks: fine-tuning starts them anew
     unused: tuple[str, ...]  # head weights of another class
+    generation_config: GenerationConfig | None  # of generation_config.json beside the weights
 
 
 def open_pretrained(
@@ -68,7 +71,13 @@ def open_pretrained(
         logger.warning("%s: not in the checkpoint, started anew, to be trained: %s", source, ", ".join(new))
     if unused:
         logger.warning("%s: weights of another head, not used by this class: %s", source, ", ".join(unused))
-    return Pretrained(checkpoint, config, dtype_name(dtype, checkpoint), new, unused)
+    dtype, options = dtype_name(dtype, checkpoint), _generation_config(Path(checkpoint.source))
+    return Pretrained(checkpoint, config, dtype, new, unused, options)
+
+
+def _generation_config(source: Path) -> GenerationConfig | None:
+    folder = source if source.is_dir() else source.parent
+    return GenerationConfig.from_pretrained(folder) if (folder / GENERATION_CONFIG_NAME).is_file() else None
 
 
 def dtype_name(dtype: str | type | np.dtype | None, checkpoint: Checkpoint) -> str:

@@ -1,10 +1,12 @@
-"""Greedy generation, JAX: one prefill, then one step per token on a preallocated cache.
+"""Generation, JAX: one prefill, then one step per token on a preallocated cache.
 
 Both are compiled, once per batch size and bucket of lengths: prompts are filled up with padding on the right, and the
 number of new tokens is a bound that the loop reads. The loop ends early when every row has ended.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -12,43 +14,127 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
-from opt_core.generation import GenerationPlan, bucketed, plan_generation
+from opt_core.errors import InputError
+from opt_core.generation import GenerationPlan, bucketed
+from opt_core.generation_config import GenerationConfig
+from opt_core.generation_output import GenerateOutput, as_arrays
+from opt_core.generation_request import GenerationRequest, plan_request
+from opt_core.searching import search, stream
 from opt_flax.cache import Cache, as_bits, from_bits, with_capacity
 from opt_flax.inputs import known
 from opt_flax.packing import pool_last_token
+from opt_flax.stepping import ModelStepper
+
+
+class _Aside:
+    """A value that programs do not depend on: equal to any other, so that changing it compiles nothing anew."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, _Aside)
+
+    def __hash__(self) -> int:
+        return hash(_Aside)
+
+
+_NO_OPTIONS = _Aside(None)
 
 
 class GenerationMixin:
     """`generate` for a model with a decoder and a head."""
 
-    def generate(self, input_ids=None, attention_mask=None, max_new_tokens: int | None = None, **options) -> Array:
-        """Continues each row of `input_ids` [B, T] greedily; returns [B, T + n] token ids, prompt and padding included.
+    @property
+    def generation_config(self) -> GenerationConfig | None:
+        """That of the checkpoint, or what it was set to."""
+        return getattr(self, "options", _NO_OPTIONS).value
 
-        Rows end at an `eos_token_id` and hold `pad_token_id` after it; n is the longest of them. Dropout is off.
+    @generation_config.setter
+    def generation_config(self, value: GenerationConfig | None) -> None:
+        self.options = _Aside(value)
+
+    def generate(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        max_new_tokens: int | None = None,
+        *,
+        generation_config: GenerationConfig | None = None,
+        assistant_model: "GenerationMixin | None" = None,
+        **options,
+    ) -> Array | GenerateOutput:
+        """Continues each row of `input_ids` [B, T]; returns [R, T + n] token ids, prompt and padding included.
+
+        Greedy unless options say otherwise, which `opt_core.generation_config.GenerationConfig` lists: sampling, beams,
+        contrastive and assisted search, rules for logits, ways to stop. R is B times `num_return_sequences`. Rows end
+        at an `eos_token_id` and hold `pad_token_id` after it; n is the longest of them. Dropout is off.
 
         Args:
             attention_mask: [B, T], 1 for real tokens; without it tokens equal to `pad_token_id` are padding.
             max_new_tokens: at most that many; 20 if neither it nor `max_length` (which counts the prompt) is given.
-            options: `max_length`, `eos_token_id` (one or several), `pad_token_id`.
+            generation_config: instead of the model's own, which came with its checkpoint; options override it.
+            assistant_model: a smaller model of the same vocabulary, which drafts tokens for this one to verify.
+            options: also `seed` (the same text in every framework) or `generator` (NumPy's), `logits_processor`,
+                `stopping_criteria`, `prefix_allowed_tokens_fn`, `tokenizer` for stop strings, `streamer`.
+
+        Returns:
+            With `return_dict_in_generate` an `opt_core.generation_output.GenerateOutput`.
 
         Raises:
             InputError: before anything is computed; also when the text would outgrow `max_position_embeddings`.
         """
-        plan = plan_generation(
+        request = self._request(input_ids, attention_mask, generation_config, assistant_model, max_new_tokens, options)
+        models = [model for model in (self, assistant_model) if model is not None]
+        with _evaluating(models):
+            if request.is_plain:
+                return jnp.asarray(
+                    np.concatenate([request.plan.input_ids, self._search(request.plan)], axis=1), jnp.int32
+                )
+            out = search(request, *map(ModelStepper, models))
+        out = as_arrays(out, lambda x: jnp.asarray(x, jnp.int32 if x.dtype == np.int64 else x.dtype))
+        return out if request.settings.return_dict_in_generate else out.sequences
+
+    def stream(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        max_new_tokens: int | None = None,
+        *,
+        generation_config: GenerationConfig | None = None,
+        assistant_model: "GenerationMixin | None" = None,
+        **options,
+    ) -> Iterator[np.ndarray]:
+        """The new tokens [R] int64 of each step of `generate`, as soon as they are known; arguments are as there.
+
+        `opt_core.streaming.words` makes text of them. Rows that have ended give `pad_token_id`.
+
+        Raises:
+            InputError: at once, as `generate`; also for beam search, which does not know its text before the end.
+        """
+        request = self._request(input_ids, attention_mask, generation_config, assistant_model, max_new_tokens, options)
+        models = [model for model in (self, assistant_model) if model is not None]
+        with _evaluating(models):
+            tokens = stream(request, *map(ModelStepper, models))
+        return _streamed(tokens, models)
+
+    def _request(
+        self, input_ids, attention_mask, generation_config, assistant_model, max_new_tokens, options
+    ) -> GenerationRequest:
+        if assistant_model is not None:
+            if not isinstance(assistant_model, GenerationMixin):
+                text = f"expected a model of this package that generates, got {type(assistant_model).__name__}"
+                raise InputError("generate", [f"assistant_model: {text}"])
+            options = {**options, "assistant_config": assistant_model.config}
+        if max_new_tokens is not None:
+            options = {**options, "max_new_tokens": max_new_tokens}
+        return plan_request(
             self.config,
             known(input_ids),
             known(attention_mask),
-            max_new_tokens=max_new_tokens,
+            generation_config or self.generation_config,
             **options,
         )
-        was_training = self.training
-        self.eval()
-        try:
-            new_Bn = self._search(plan)
-        finally:
-            if was_training:
-                self.train()
-        return jnp.asarray(np.concatenate([plan.input_ids, new_Bn], axis=1), jnp.int32)
 
     def _search(self, plan: GenerationPlan) -> np.ndarray:
         graphdef, state = nnx.split(self)
@@ -69,6 +155,24 @@ class GenerationMixin:
         """Feeds one token a row; returns the logits [B, V] after it, and the cache with it."""
         out = self.base_model.decoder(token_B[:, None], past_key_values=cache, use_cache=True)
         return self.logits(out.last_hidden_state[:, 0]), out.past_key_values
+
+
+def _streamed(tokens: Iterator[np.ndarray], models: list) -> Iterator[np.ndarray]:
+    with _evaluating(models):
+        yield from tokens
+
+
+@contextlib.contextmanager
+def _evaluating(models: list) -> Iterator[None]:
+    """Without dropout; models that were in training mode are in it again afterwards."""
+    in_training = [model for model in models if model.training]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model in in_training:
+            model.train()
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "capacity"))

@@ -62,6 +62,8 @@ class LoadingMixin:
             subfolder=subfolder,
         )
         model = cls._from_checkpoint(pretrained, attn_implementation, device or "cpu")
+        if pretrained.generation_config is not None:
+            model.generation_config = pretrained.generation_config
         info = {"missing_keys": list(pretrained.new), "unexpected_keys": list(pretrained.unused)}
         return (model, info) if output_loading_info else model
 
@@ -80,8 +82,14 @@ class LoadingMixin:
         model.tie_weights()
         return model.eval()
 
-    def save_pretrained(self, folder, *, max_shard_size: int | str = "5GB", overwrite: bool = True) -> None:
-        """Writes config.json and safetensors in the published layout, which any backend loads."""
+    def save_pretrained(
+        self, folder, *, max_shard_size: int | str = "5GB", overwrite: bool = True, allow_nonfinite: bool = False
+    ) -> None:
+        """Writes config.json and safetensors in the published layout, which any backend loads.
+
+        NaN and infinities are refused unless `allow_nonfinite`. Options of generation that came with a checkpoint, or
+        were given to the model, go into generation_config.json.
+        """
         tensors = {name: lambda name=name: to_numpy(self.weight(name)) for name in shapes(self.config, self.task)}
         dtype = str(self.dtype).removeprefix("torch.")
         write_checkpoint(
@@ -91,7 +99,10 @@ class LoadingMixin:
             task=self.task,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
+            allow_nonfinite=allow_nonfinite,
         )
+        if getattr(self, "generation_config", None) is not None:
+            self.generation_config.save_pretrained(folder)
 
     def push_to_hub(self, repo_id: str, *, max_shard_size: int | str = "5GB", **options) -> str:
         """Saves to a temporary folder and uploads it; `options` as in `conversion.push_folder`. Returns the address."""
