@@ -1,30 +1,19 @@
 """The prompt of a generation and its length: what is continued, how far, and what is refused before it starts.
 
-`plan_generation` admits greedy search alone: the token with the largest logit, the first of equals. The other
-strategies are planned in `opt_core.generation_request`.
+What the options of a call mean is decided in `opt_core.generation_request`.
 """
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from opt_core.checks import Known, arguments_of, check_inputs, check_keywords
+from opt_core.checks import Known, check_inputs
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError, raise_if
 
 DEFAULT_NEW_TOKENS = 20  # as in the published PyTorch class
 BUCKET = 64  # compiled functions see lengths rounded up to a multiple of this, so that few shapes are compiled
-
-# Published options, each with the one value that greedy search stands for.
-GREEDY_OPTIONS: dict[str, Any] = {
-    "do_sample": False,
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "use_cache": True,
-    "return_dict_in_generate": False,
-    "output_scores": False,
-}
 
 
 class GenerationPlan(NamedTuple):
@@ -46,36 +35,6 @@ class GenerationPlan(NamedTuple):
         return bucketed(self.input_ids.shape[1] + self.max_new_tokens)
 
 
-def plan_generation(
-    config: OPTConfig,
-    input_ids: Known | None,
-    attention_mask: Known | None,
-    *,
-    max_new_tokens: int | None = None,
-    max_length: int | None = None,
-    eos_token_id: int | list[int] | None = None,
-    pad_token_id: int | None = None,
-    **options,
-) -> GenerationPlan:
-    """Checks a request and fills in what the caller left out.
-
-    Without `attention_mask`, tokens equal to `pad_token_id` are padding (unless it ends the text, too). Without a
-    length, 20 new tokens, or as many as there are positions for. `max_length` counts the prompt's columns.
-
-    Raises:
-        KeywordError: an option that does not exist.
-        InputError: everything else, all at once (lengths once prompt and ids are right), before anything is computed.
-    """
-    known_options = (*GREEDY_OPTIONS, *arguments_of(plan_generation))
-    check_keywords([name for name in options if name not in GREEDY_OPTIONS], known_options)
-    if input_ids is None and config.bos_token_id is not None:
-        input_ids = Known((1, 1), "int64", np.array([[config.bos_token_id]]))
-    return plan_prompt(
-        config, input_ids, attention_mask, max_new_tokens=max_new_tokens, max_length=max_length,
-        eos_token_id=eos_token_id, pad_token_id=pad_token_id, problems=_option_problems(options),
-    )  # fmt: skip
-
-
 def plan_prompt(
     config: OPTConfig,
     input_ids: Known | None,
@@ -87,7 +46,14 @@ def plan_prompt(
     pad_token_id: int | None,
     problems: list[str],
 ) -> GenerationPlan:
-    """The plan of `plan_generation`; `problems` found before are listed with those found here."""
+    """Checks a prompt and its length, and fills in what the caller left out.
+
+    Without `attention_mask`, tokens equal to `pad_token_id` are padding (unless it ends the text, too). Without a
+    length, 20 new tokens, or as many as there are positions for. `max_length` counts the prompt's columns.
+
+    Raises:
+        InputError: all at once (lengths once prompt and ids are right), with the `problems` that were found before.
+    """
     eos = config.eos_token_ids if eos_token_id is None else tuple(np.atleast_1d(eos_token_id).tolist())
     pad = _first_of(pad_token_id, config.pad_token_id, *eos, 0)
     wrong_ids = id_problems(config, eos_token_id=eos, pad_token_id=(pad,))
@@ -105,14 +71,6 @@ def plan_prompt(
     problems += more_problems
     raise_if(InputError, "generate", problems)
     return GenerationPlan(ids, real, length, eos, pad)
-
-
-def _option_problems(options: dict[str, Any]) -> list[str]:
-    return [
-        f"{name}: only greedy search is supported, expected {GREEDY_OPTIONS[name]!r}, got {value!r}"
-        for name, value in options.items()
-        if value is not None and value != GREEDY_OPTIONS[name]
-    ]
 
 
 def id_problems(config: OPTConfig, **ids: Iterable) -> list[str]:
