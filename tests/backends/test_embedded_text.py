@@ -1,4 +1,4 @@
-"""200 greedy tokens of the embedded checkpoints in every backend: the same ones, a left-padded batch included."""
+"""200 tokens of the embedded checkpoints in every backend, greedy and sampled: the same ones, padded on the left."""
 
 import numpy as np
 import pytest
@@ -43,6 +43,30 @@ def test_greedy_text_is_the_same_in_every_backend_but_for_ties(backends, prompts
             assert (tie_margins(truth[row, :step], text[row, ids.shape[1] :][:step]) == 0).all()
             if differs.size:  # both choices must tie; what follows them is another text
                 assert tie_margins(truth[row, step : step + 1], text[row, differs[:1]]) == 0
+
+
+SAMPLING = {
+    "all tokens": {},
+    "top-k and top-p": dict(temperature=0.9, top_k=50, top_p=0.95),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", SAMPLING.values(), ids=SAMPLING)
+def test_a_seed_gives_one_text_in_every_backend(backends, prompts, options):
+    folder, ids, mask = prompts
+    rows = np.arange(8) % len(PROMPTS)
+    texts = [
+        backend.numpy(
+            backend.model_class()
+            .from_pretrained(folder)
+            .generate(ids[rows], mask[rows], max_new_tokens=NEW_TOKENS, do_sample=True, seed=20261123, **options)
+        )
+        for backend in backends
+    ]
+    assert texts[0].shape == (8, ids.shape[1] + NEW_TOKENS)
+    assert len({row.tobytes() for row in texts[0]}) == 8
+    assert all(np.array_equal(text, texts[0]) for text in texts)
 
 
 def reference_logits(backend, model, text, mask):
