@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BACKENDS ?= torch,tf,flax
+WORKERS ?= 2
 
 .PHONY: demo test test-slow lint clean
 
@@ -14,8 +15,9 @@ demo: $(INSTALLED)
 	$(BIN)/opt-zoo parity build/demo/opt-tiny --json build/demo/parity.json --html build/demo/parity.html --png build/demo/parity.png
 	$(BIN)/opt-zoo generate build/demo/opt-tiny "ROMEO:" --backend all --max-new-tokens 60
 
+# Two processes: each compiles on one core most of the time. WORKERS=0 runs all in one.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --backends $(BACKENDS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --backends $(BACKENDS)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest --backends $(BACKENDS) -m "slow and not hub and not gpu"
