@@ -8,20 +8,22 @@ from pathlib import Path
 
 from conversion import safetensors_file
 from conversion.containers import CONTAINERS
+from conversion.ctranslate2 import ctranslate2_file
 from conversion.formats import FORMATS, Format, published_of
 from conversion.index import index_files
+from conversion.keras import keras_hub_weights
 from conversion.names import canonical_name, is_weight_name
+from conversion.orbax import orbax_tree
 from conversion.pytorch import torch_zip
 from conversion.stored import TensorFile
-from conversion.tf_checkpoint import tensor_bundle
+from conversion.tf_checkpoint import sstable, tensor_bundle
 from opt_core.errors import CheckpointError
 
 _INDEX_SUFFIX = ".index.json"
 _PUBLISHED = ("safetensors", "torch-bin")
 _LONGEST_MAGIC = 32
-_SSTABLE_MAGIC = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"  # the last bytes of a table of LevelDB
-_ORBAX_FILES = ("_METADATA", "_CHECKPOINT_METADATA")
-_CT2_SPEC = b"TransformerDecoderSpec\0"
+_ORBAX_FILES = (orbax_tree.METADATA, orbax_tree.CHECKPOINT_METADATA)
+_CT2_SPEC = ctranslate2_file.SPECIFICATION.encode() + b"\0"
 
 # File of a checkpoint that is not read -> what it is.
 _FOREIGN_FILES = {"adapter_model.*": "a LoRA adapter: merge it into its base model first"}
@@ -92,7 +94,7 @@ def _is_orbax(folder: Path) -> bool:
 
 
 def _find_keras_hub(folder: Path) -> Path | None:
-    names = ("model.weights.h5", "model.weights.json")
+    names = (keras_hub_weights.WEIGHTS_NAME, keras_hub_weights.INDEX_NAME)
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
@@ -126,17 +128,13 @@ def _find_metaseq(folder: Path) -> Path | None:
 
 
 _FINDERS: dict[str, Callable[[Path], Path | None]] = {
-    name: find
-    for name, find in {
-        "orbax": _find_orbax,
-        "saved-model": _find_saved_model,
-        "tf-checkpoint": _find_tf_checkpoint,
-        "keras-hub": _find_keras_hub,
-        "ctranslate2": _find_ctranslate2,
-        "torch-pt": _find_pt,
-        "metaseq": _find_metaseq,
-    }.items()
-    if FORMATS[name].container in CONTAINERS
+    "orbax": _find_orbax,
+    "saved-model": _find_saved_model,
+    "tf-checkpoint": _find_tf_checkpoint,
+    "keras-hub": _find_keras_hub,
+    "ctranslate2": _find_ctranslate2,
+    "torch-pt": _find_pt,
+    "metaseq": _find_metaseq,
 }
 
 
@@ -151,16 +149,15 @@ def format_of(path: Path) -> Format:
     """
     if path.name.endswith(".weights.json"):
         return FORMATS["keras-hub"]
-    known = [format for format in FORMATS.values() if format.container in CONTAINERS]
-    named = [f for f in known if f.suffix and path.name.endswith((f.suffix, f.suffix + _INDEX_SUFFIX))]
+    named = [f for f in FORMATS.values() if f.suffix and path.name.endswith((f.suffix, f.suffix + _INDEX_SUFFIX))]
     weights = _first_shard(path, named[0].suffix) if named and path.name.endswith(_INDEX_SUFFIX) else path
     containers = _containers_of(weights) if weights.is_file() else ()
-    candidates = [format for format in named or known if format.container in containers]
+    candidates = [format for format in named or FORMATS.values() if format.container in containers]
     if named and containers and not candidates:
         expected, got = (CONTAINERS[name].described for name in (named[0].container, containers[0]))
         raise CheckpointError(str(weights), [f"expected {expected}, by its name, got {got}"])
     if not (candidates or named):
-        suffixes = ", ".join(dict.fromkeys(format.suffix for format in known if format.suffix))
+        suffixes = ", ".join(dict.fromkeys(format.suffix for format in FORMATS.values() if format.suffix))
         raise CheckpointError(str(path), [f"expected a file that ends in one of {suffixes} (or such an index)"])
     if "safetensors" in containers:
         framework = safetensors_file.read_header(weights).metadata.get("format", "pt")
@@ -190,9 +187,9 @@ def _containers_of(path: Path) -> tuple[str, ...]:
         return ()
     with open(path, "rb") as file:
         magic = file.read(_LONGEST_MAGIC)
-        file.seek(max(0, path.stat().st_size - len(_SSTABLE_MAGIC)))
+        file.seek(max(0, path.stat().st_size - len(sstable.MAGIC)))
         end = file.read()
-    if end == _SSTABLE_MAGIC:
+    if end == sstable.MAGIC:
         return ("tensor-bundle",)
     if magic.startswith(b"PK\x03\x04") and path.name.endswith(".keras"):
         return ("keras-h5",)
