@@ -48,6 +48,22 @@ class GenerationRequest(NamedTuple):
         return int(self.plan.real.sum(1).max()) + self.plan.max_new_tokens - 1
 
 
+def call_options(
+    options: dict[str, Any], max_new_tokens: int | None, assistant_model: Any, generating: type
+) -> dict[str, Any]:
+    """The options of `plan_request`, of a call that may name a draft model; `generating` is what that must be.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if assistant_model is not None:
+        if not isinstance(assistant_model, generating):
+            text = f"expected a model of this package that generates, got {type(assistant_model).__name__}"
+            raise InputError("generate", [f"assistant_model: {text}"])
+        options = {**options, "assistant_config": assistant_model.config}
+    return options if max_new_tokens is None else {**options, "max_new_tokens": max_new_tokens}
+
+
 def plan_request(
     config: OPTConfig,
     input_ids: Known | None,

@@ -10,11 +10,10 @@ import numpy as np
 import tensorflow as tf
 from tensorflow import Tensor
 
-from opt_core.errors import InputError
 from opt_core.generation import GenerationPlan, bucketed
 from opt_core.generation_config import GenerationConfig
 from opt_core.generation_output import GenerateOutput, as_arrays
-from opt_core.generation_request import GenerationRequest, plan_request
+from opt_core.generation_request import GenerationRequest, call_options, plan_request
 from opt_core.searching import search, stream
 from opt_tf.cache import Cache, with_capacity
 from opt_tf.inputs import as_index, as_tensor, known
@@ -89,19 +88,12 @@ class GenerationMixin:
     def _request(
         self, input_ids, attention_mask, generation_config, assistant_model, max_new_tokens, options
     ) -> GenerationRequest:
-        if assistant_model is not None:
-            if not isinstance(assistant_model, GenerationMixin):
-                text = f"expected a model of this package that generates, got {type(assistant_model).__name__}"
-                raise InputError("generate", [f"assistant_model: {text}"])
-            options = {**options, "assistant_config": assistant_model.config}
-        if max_new_tokens is not None:
-            options = {**options, "max_new_tokens": max_new_tokens}
         return plan_request(
             self.config,
             known(as_index(input_ids)),
             known(as_tensor(attention_mask)),
             generation_config or self.generation_config,
-            **options,
+            **call_options(options, max_new_tokens, assistant_model, GenerationMixin),
         )
 
     def _search(self, plan: GenerationPlan) -> Tensor:
