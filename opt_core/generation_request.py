@@ -49,7 +49,7 @@ class GenerationRequest(NamedTuple):
 
 
 def call_options(
-    options: dict[str, Any], max_new_tokens: int | None, assistant_model: Any, generating: type
+    options: dict[str, Any], max_new_tokens: int | None, assistant_model: Any, generating: type[Any]
 ) -> dict[str, Any]:
     """The options of `plan_request`, of a call that may name a draft model; `generating` is what that must be.
 
