@@ -14,6 +14,7 @@ import numpy as np
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError, KeywordError, raise_if
 
+# What every backend has on every device: step by step, and the fused path of the framework. A backend may have more.
 ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
 
 
