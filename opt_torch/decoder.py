@@ -7,8 +7,10 @@ from opt_core.config import POSITION_OFFSET, OPTConfig
 from opt_core.outputs import BaseModelOutput
 from opt_torch.attention import Attention, LayerCache
 from opt_torch.cache import Cache, GrowingCache, grow
+from opt_torch.flash import PACKAGES
 from opt_torch.layers import ACTIVATION_FUNCTIONS, Embedding, LayerNorm, Linear
 from opt_torch.packing import Packing, make_packing, pack, unpack, unpack_attentions
+from opt_torch.segments import Segments, make_segments
 
 
 class DecoderLayer(nn.Module):
@@ -28,12 +30,17 @@ class DecoderLayer(nn.Module):
         self.final_layer_norm = LayerNorm(config.hidden_size, affine=affine)
 
     def forward(
-        self, x_BTD: Tensor, past: LayerCache | None, lengths_B: Tensor | None, output_attentions: bool
+        self,
+        x_BTD: Tensor,
+        past: LayerCache | None,
+        lengths_B: Tensor | None,
+        output_attentions: bool,
+        segments: Segments | None = None,
     ) -> tuple[Tensor, LayerCache, Tensor | None]:
         residual_BTD = x_BTD
         if self.pre_norm:
             x_BTD = self.self_attn_layer_norm(x_BTD)
-        x_BTD, present, weights_BNTS = self.self_attn(x_BTD, past, lengths_B, output_attentions)
+        x_BTD, present, weights_BNTS = self.self_attn(x_BTD, past, lengths_B, output_attentions, segments=segments)
         x_BTD = residual_BTD + self.dropout(x_BTD)
         if not self.pre_norm:
             x_BTD = self.self_attn_layer_norm(x_BTD)
@@ -90,11 +97,12 @@ class Decoder(nn.Module):
             x_BTD = self.project_in(x_BTD)
         x_BTD = x_BTD + self.embed_positions(self.position_rows(x_BTD, position_ids, packing, lengths_B))
 
+        segments = None if past is not None or packing is None else self._segments(packing)
         inputs, presents, attentions = [], [], []
         for i, layer in enumerate(self.layers):
             inputs.append(x_BTD)
             past_layer = None if past is None else (past.keys[i], past.values[i])
-            y_BTD, present, weights_BNTS = layer(x_BTD, past_layer, lengths_B, output_attentions)
+            y_BTD, present, weights_BNTS = layer(x_BTD, past_layer, lengths_B, output_attentions, segments)
             x_BTD = self.drop_layer(x_BTD, y_BTD)
             presents.append(present)
             attentions.append(weights_BNTS)
@@ -126,6 +134,13 @@ class Decoder(nn.Module):
         if packing is not None:  # positions of padding, behind the real tokens, may lie outside the table
             position_ids = position_ids.clamp(0, self.config.max_position_embeddings - 1)
         return position_ids + POSITION_OFFSET
+
+    def _segments(self, packing: Packing) -> Segments | None:
+        """The real tokens, for layers with kernels of variable length."""
+        if not any(layer.self_attn.attn_implementation in PACKAGES for layer in self.layers):
+            return None
+        B, T = packing.real_BT.shape
+        return make_segments(B, T, None, packing.lengths_B, packing.real_BT.device)
 
     def drop_layer(self, x_BTD: Tensor, y_BTD: Tensor) -> Tensor:
         """LayerDrop (Fan et al., arXiv:1909.11556): in training, a layer is skipped with probability `layerdrop`."""

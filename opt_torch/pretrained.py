@@ -6,16 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from opt_core.checks import (
-    ATTENTION_IMPLEMENTATIONS,
-    arguments_of,
-    check_choice,
-    check_config,
-    check_inputs,
-    check_keywords,
-)
+from opt_core.checks import arguments_of, check_config, check_inputs, check_keywords
 from opt_core.config import OPTConfig
 from opt_core.outputs import BaseModelOutput
+from opt_torch.attention import check_implementation
 from opt_torch.cache import Cache, init_cache
 from opt_torch.decoder import Decoder
 from opt_torch.inputs import as_index, as_tensor, known, known_cache
@@ -31,7 +25,7 @@ class OPTPreTrainedModel(LoadingMixin, nn.Module):
     def __init__(self, config: OPTConfig, *, attn_implementation: str = "sdpa"):
         super().__init__()
         check_config(config)
-        check_choice("attn_implementation", attn_implementation, ATTENTION_IMPLEMENTATIONS)
+        check_implementation(attn_implementation, config)
         self.register_load_state_dict_pre_hook(accept_published_names)
         self.config = config
         self.attn_implementation = attn_implementation
@@ -49,7 +43,7 @@ class OPTPreTrainedModel(LoadingMixin, nn.Module):
         return self.get_input_embeddings().weight.device
 
     def set_attn_implementation(self, attn_implementation: str) -> None:
-        check_choice("attn_implementation", attn_implementation, ATTENTION_IMPLEMENTATIONS)
+        check_implementation(attn_implementation, self.config)
         self.attn_implementation = attn_implementation
         for layer in self.base_model.decoder.layers:
             layer.self_attn.attn_implementation = attn_implementation

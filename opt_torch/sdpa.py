@@ -1,0 +1,108 @@
+"""PyTorch's `scaled_dot_product_attention`: which of its kernels may run, and in which order.
+
+On a CPU it has one fused kernel, which takes the causal flag. On CUDA it has four:
+
+- cudnn: float16, bfloat16; the fastest on H100. Its backward is trusted after a trial (`cudnn_backward_is_right`).
+- flash: float16, bfloat16; FlashAttention 2.
+- efficient: the memory-efficient kernel, the only fused one for float32.
+- math: the plain formula.
+
+The environment variable OPT_TORCH_SDPA_ORDER names those that may run, in their order: "cudnn,flash,efficient,math".
+"""
+
+import contextlib
+import os
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from opt_core.errors import InputError, raise_if
+
+KERNELS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+ORDER_VARIABLE = "OPT_TORCH_SDPA_ORDER"
+WITH_MASK = ("efficient", "math")  # cuDNN with masks is wrong in some releases: pytorch issues 196678, 191612
+WITHOUT_CUDNN = ("flash", "efficient", "math")
+HALF = (torch.float16, torch.bfloat16)
+
+_order_asked_for = os.environ.get(ORDER_VARIABLE, "")
+_cudnn_trials: dict[int | None, bool] = {}  # by the index of the device
+
+
+def fused_attention(q_BNTH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor, *, mask=None, dropout: float = 0.0) -> Tensor:
+    """Causal where no `mask` is given; the query is scaled already."""
+    with kernels(q_BNTH, k_BNSH, v_BNSH, masked=mask is not None):
+        return F.scaled_dot_product_attention(
+            q_BNTH, k_BNSH, v_BNSH, attn_mask=mask, is_causal=mask is None, scale=1.0, dropout_p=dropout
+        )
+
+
+def kernels(*qkv: Tensor, masked: bool = False) -> contextlib.AbstractContextManager:
+    """Restricts and orders the kernels for these tensors; on a CPU, or with PyTorch's own order, does nothing."""
+    x, order = qkv[0], check_order()
+    if not x.is_cuda:
+        return contextlib.nullcontext()
+    if not order and masked:
+        order = WITH_MASK
+    elif not order and x.dtype in HALF and needs_gradient(*qkv) and not cudnn_backward_is_right(x.device):
+        order = WITHOUT_CUDNN
+    return sdpa_kernel([KERNELS[name] for name in order], set_priority=True) if order else contextlib.nullcontext()
+
+
+def check_order() -> tuple[str, ...]:
+    """The names in OPT_TORCH_SDPA_ORDER as it was at import; none if it was not set. Raises InputError."""
+    names = tuple(name.strip() for name in _order_asked_for.split(",") if name.strip())
+    unknown = [name for name in names if name not in KERNELS]
+    problems = [f"{ORDER_VARIABLE}: expected names among {', '.join(KERNELS)}, got {name!r}" for name in unknown]
+    raise_if(InputError, "invalid environment", problems)
+    return names
+
+
+def needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def cudnn_backward_is_right(device: torch.device) -> bool:
+    """Runs the trial once a process and device; False where it cannot run, in a graph that is being made."""
+    if device.index not in _cudnn_trials:
+        if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+            return False
+        _cudnn_trials[device.index] = gradients_are_right(device, torch.bfloat16, [KERNELS["cudnn"]])
+    return _cudnn_trials[device.index]
+
+
+@torch.enable_grad()
+def gradients_are_right(device, dtype: torch.dtype, backends: list) -> bool:
+    """The case of https://github.com/pytorch/pytorch/issues/196678, without a mask, as we call the kernel.
+
+    There cuDNN's backward gave NaN for queries when the number of tokens was 64 modulo 128 and the weights of a row
+    summed to less than the exponential of -88.7 before scaling.
+    """
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, d_out = (torch.randn(1, 1, 192, 64, generator=generator) for _ in range(4))
+    q, k = 0.1 * q, 0.1 * k
+    q[..., 0], k[..., 0] = 1.0, -120.0  # every score is about -120
+    want = _gradients(q.to(dtype).double(), k.to(dtype).double(), v.to(dtype).double(), d_out.to(dtype).double())
+    try:
+        with sdpa_kernel(backends), torch.autocast(torch.device(device).type, enabled=False):
+            got = _gradients(*(x.to(device, dtype) for x in (q, k, v, d_out)))
+    except RuntimeError:  # the kernel is not for this device
+        return False
+    # The first feature is left out: there the gradient of the queries is -120 times a sum that is 0 but for rounding.
+    return all(_close(x.double().cpu()[..., 1:], y[..., 1:]) for x, y in zip(got, want, strict=True))
+
+
+def _gradients(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor) -> tuple[Tensor, ...]:
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out = F.scaled_dot_product_attention(*inputs, is_causal=True, scale=1.0)
+    return torch.autograd.grad(out, inputs, d_out)
+
+
+def _close(got: Tensor, want: Tensor) -> bool:
+    return bool((got - want).norm() <= 0.02 * want.norm())  # bfloat16 errs by 0.004; False for NaN
