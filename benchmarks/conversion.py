@@ -30,7 +30,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from loading import SAMPLING_SECONDS, commit, cpu_model  # noqa: E402
+from loading import SAMPLING_SECONDS  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
@@ -41,7 +41,7 @@ from conversion.safetensors_file import PlannedTensor, write_file  # noqa: E402
 from opt_core import OPTConfig  # noqa: E402
 from opt_core.schema import parameter_count  # noqa: E402
 from opt_core.synthetic import random_tensors  # noqa: E402
-from opt_zoo.environment import describe_environment  # noqa: E402
+from opt_zoo.environment import commit, describe_environment, processor_model  # noqa: E402
 
 TARGET_RATIO = {"safetensors": 0.6}  # of the speed of `cp`, verified or not
 TRANSPOSING_RATIO = 0.4
@@ -283,7 +283,7 @@ def describe_conditions(options: argparse.Namespace) -> dict[str, object]:
         "size": options.size,
         "parameters": parameter_count(config),
         **describe_environment([]),
-        "cpu": cpu_model(),
+        "cpu": processor_model(),
         "cores_allowed": len(os.sched_getaffinity(0)),
         "commit": commit(),
         "repeats": options.repeats,

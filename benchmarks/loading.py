@@ -40,11 +40,10 @@ from opt_core import OPTConfig  # noqa: E402
 from opt_core.schema import parameter_count, published_name  # noqa: E402
 from opt_core.synthetic import random_tensors  # noqa: E402
 from opt_zoo.backends import BACKENDS  # noqa: E402
-from opt_zoo.environment import describe_environment  # noqa: E402
+from opt_zoo.environment import commit, describe_environment, processor_model  # noqa: E402
 
 PEER = "transformers"
 CLASSES = {name: (backend.package, backend.causal_lm) for name, backend in BACKENDS.items()}
-PACKAGES = [package for package, _ in CLASSES.values()]
 CLASSES[PEER] = (PEER, "OPTForCausalLM")
 TARGET_SECONDS = {"torch": 0.5, "flax": 0.5, "tf": 1.5}  # opt-125m, float32 stored and asked for, two cores
 TARGET_COPIES = 1.0  # beyond the mapped file, at the peak
@@ -267,24 +266,12 @@ def describe_conditions(options: argparse.Namespace) -> dict[str, object]:
         environment["versions"][PEER] = importlib.metadata.version(PEER)
     return {
         **environment,
-        "cpu": cpu_model(),
+        "cpu": processor_model(),
         "cores_allowed": len(os.sched_getaffinity(0)),
         "commit": commit(),
         "repeats": options.repeats,
         "core_import_seconds": round(core_import_seconds(), 4),
     }
-
-
-def cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-def commit() -> str:
-    """The commit, "-dirty" when its code has been edited since; "unknown" outside a clone."""
-    git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)  # noqa: E731
-    edited = git("diff", "--quiet", "HEAD", "--", "benchmarks", "conversion", "opt_core", *PACKAGES).returncode
-    return git("rev-parse", "--short=12", "HEAD").stdout.strip() + ("-dirty" if edited == 1 else "") or "unknown"
 
 
 def core_import_seconds() -> float:

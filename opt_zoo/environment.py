@@ -4,11 +4,17 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import subprocess
 from collections.abc import Iterable
+from pathlib import Path
 
 from opt_zoo.backends import Backend
 
 SETTINGS = ("XLA_FLAGS", "TF_ENABLE_ONEDNN_OPTS", "NVIDIA_TF32_OVERRIDE", "OMP_NUM_THREADS")  # that change numbers
+
+
+ROOT = Path(__file__).parent.parent
+CODE = ("benchmarks", "conversion", "opt_core", "opt_flax", "opt_tf", "opt_torch", "opt_zoo")
 
 
 def describe_environment(backends: Iterable[Backend]) -> dict[str, object]:
@@ -29,7 +35,45 @@ def describe_environment(backends: Iterable[Backend]) -> dict[str, object]:
 
 def package_version() -> str:
     """The version of opt-zoo, "not installed" in a bare checkout."""
+    return version_of("opt-zoo") or "not installed"
+
+
+def version_of(package: str) -> str | None:
+    """None where it is not installed."""
     try:
-        return importlib.metadata.version("opt-zoo")
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return None
+
+
+def commit() -> str:
+    """The commit, "-dirty" when its code has been edited since; "unknown" outside a clone."""
+    if not (ROOT / ".git").exists():  # an environment of its own may lie in a repository of something else
+        return "unknown"
+    git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)  # noqa: E731
+    edited = git("diff", "--quiet", "HEAD", "--", *CODE).returncode
+    return git("rev-parse", "--short=12", "HEAD").stdout.strip() + ("-dirty" if edited == 1 else "")
+
+
+def processor_model() -> str:
+    """As the system calls it; "unknown" where that is not Linux."""
+    return _first_value(Path("/proc/cpuinfo"), "model name")
+
+
+def gpu_model() -> str:
+    """Of the first NVIDIA GPU that the driver knows, "unknown" if it knows none."""
+    found = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    return _first_value(found[0], "Model") if found else "unknown"
+
+
+def has_gpu() -> bool:
+    """Whether there is an NVIDIA GPU that this process may use."""
+    return gpu_model() != "unknown" and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
+
+
+def _first_value(file: Path, key: str) -> str:
+    try:
+        lines = file.read_text().splitlines()
+    except OSError:
+        return "unknown"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "unknown")

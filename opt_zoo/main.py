@@ -16,11 +16,12 @@ COMMANDS = {
     "diff": "diff",
     "parity": "parity",
     "generate": "generating",
+    "bench": "benching",
 }
 OK, FAILED, BAD_INPUT, INTERRUPTED, NO_READER = 0, 1, 2, 130, 141
 EXIT_CODES = (
-    "exit codes: 0 done, 1 parity failed or checkpoints differ, 2 wrong usage, bad input or a missing framework, "
-    "130 interrupted, 141 nobody reads stdout any more"
+    "exit codes: 0 done, 1 parity or a measurement failed or checkpoints differ, 2 wrong usage, bad input or "
+    "a missing framework, 130 interrupted, 141 nobody reads stdout any more"
 )
 
 

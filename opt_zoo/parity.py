@@ -2,14 +2,15 @@
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from rich.markup import escape
 from rich.table import Table
 
 from opt_core.checks import ATTENTION_IMPLEMENTATIONS
 from opt_core.config import DTYPES
-from opt_core.errors import InputError
+from opt_core.errors import InputError, raise_if
+from opt_zoo.arguments import file_problems, some_of, words
 from opt_zoo.backends import BACKENDS, installed_backends, load_backend
 from opt_zoo.console import counted_progress, stderr_console, stdout_console
 from opt_zoo.parity_cases import PADDINGS, TOKENS
@@ -23,14 +24,14 @@ then the first layer that diverges is named."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_source(parser)
-    parser.add_argument("--backends", type=_some_of(BACKENDS), metavar="LIST", help="default: those installed")
-    parser.add_argument("--dtypes", type=_some_of(DTYPES), default=list(DTYPES), metavar="LIST", help=_words(DTYPES))
+    parser.add_argument("--backends", type=some_of(BACKENDS), metavar="LIST", help="default: those installed")
+    parser.add_argument("--dtypes", type=some_of(DTYPES), default=list(DTYPES), metavar="LIST", help=words(DTYPES))
     attention = ATTENTION_IMPLEMENTATIONS
     parser.add_argument(
-        "--attn", type=_some_of(attention), default=list(attention), metavar="LIST", help=_words(attention)
+        "--attn", type=some_of(attention), default=list(attention), metavar="LIST", help=words(attention)
     )
     parser.add_argument(
-        "--padding", type=_some_of(PADDINGS), default=list(PADDINGS), metavar="LIST", help=_words(PADDINGS)
+        "--padding", type=some_of(PADDINGS), default=list(PADDINGS), metavar="LIST", help=words(PADDINGS)
     )
     parser.add_argument(
         "--tokens", type=int, default=TOKENS, metavar="N", help=f"length of the longest row (default: {TOKENS})"
@@ -63,13 +64,8 @@ def run(args: argparse.Namespace) -> int:
 def _check_arguments(args: argparse.Namespace) -> None:
     problems = [] if args.new_tokens >= 0 else [f"--new-tokens: expected 0 or more, got {args.new_tokens}"]
     problems += [] if args.tokens > 0 else [f"--tokens: expected 1 or more, got {args.tokens}"]
-    for option in ("json", "html", "png"):
-        path = getattr(args, option)
-        folder = os.path.dirname(path or "")
-        if path and (os.path.isdir(path) or (folder and not os.path.isdir(folder))):
-            problems.append(f"--{option}: expected a file in a folder that exists, got {path}")
-    if problems:
-        raise InputError("opt-zoo parity", problems)
+    problems += file_problems(json=args.json, html=args.html, png=args.png)
+    raise_if(InputError, "opt-zoo parity", problems)
 
 
 def _installed() -> tuple[str, ...]:
@@ -176,19 +172,3 @@ def failures_in_words(report: dict):
         padding = f" padding {cell['padding']}" if "padding" in cell else ""
         for problem in cell["problems"]:
             yield f"{' '.join(_names(cell))}{padding}: {problem}{where}"
-
-
-def _words(choices) -> str:
-    return f"some of {','.join(choices)} (default: all)"
-
-
-def _some_of(choices) -> Callable[[str], list[str]]:
-    def parse(text: str) -> list[str]:
-        names = list(dict.fromkeys(name.strip() for name in text.split(",")))
-        unknown = [name for name in names if name not in choices]
-        if unknown:
-            got = ", ".join(map(repr, unknown))
-            raise argparse.ArgumentTypeError(f"expected some of {','.join(choices)}, got {got}")
-        return names
-
-    return parse
