@@ -23,7 +23,6 @@ from opt_torch.segments import Segments, attention_by_segment, make_segments, on
 
 ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa", *flash.PACKAGES, "flex_attention")
 LayerCache = tuple[Tensor, Tensor]  # keys and values of one layer, [B, N, S, H] each
-SLOTS = 64  # a CPU reads a cache up to the next multiple of it
 FEW_TOKENS = 8  # a step of so many reads the cache once for each: still less than a mask of all slots costs
 
 
@@ -45,35 +44,36 @@ class Attention(nn.Module):
         self,
         x_BTD: Tensor,
         past: LayerCache | None,
-        lengths_B: Tensor | None,
+        slots: cache.Slots | None,
         output_attentions: bool,
         first_BT: Tensor | None = None,
         segments: Segments | None = None,
     ) -> tuple[Tensor, LayerCache, Tensor | None]:
         """Returns the output [B, T, D], the keys and values with those of this call, and the weights or None.
 
-        `past` holds `lengths_B` filled slots a row; without it the tokens of this call are all there is, and a query
+        `past` has room for them in `slots`; without it the tokens of this call are all there is, and a query
         may be kept from those before slot `first_BT`. `segments` are what follows from that and from padding.
         """
         q_BNTH = self.split_heads(self.q_proj(x_BTD) * self.head_size**-0.5)
         k_BNSH = self.split_heads(self.k_proj(x_BTD))
         v_BNSH = self.split_heads(self.v_proj(x_BTD))
         if past is not None:
-            k_BNSH = cache.write(past[0], k_BNSH, lengths_B)
-            v_BNSH = cache.write(past[1], v_BNSH, lengths_B)
+            k_BNSH = cache.write(past[0], k_BNSH, slots)
+            v_BNSH = cache.write(past[1], v_BNSH, slots)
         same = q_BNTH.dtype  # a cache may have another dtype; `to` copies nothing where it has not
         qkv = q_BNTH, k_BNSH.to(same), v_BNSH.to(same)
-        heads_BNTH, weights_BNTS = self.attend(*qkv, lengths_B, output_attentions, first_BT, segments)
+        heads_BNTH, weights_BNTS = self.attend(*qkv, slots, output_attentions, first_BT, segments)
         return self.out_proj(self.merge_heads(heads_BNTH)), (k_BNSH, v_BNSH), weights_BNTS
 
     def attend(
-        self, q_BNTH, k_BNSH, v_BNSH, lengths_B, output_attentions, first_BT=None, segments=None
+        self, q_BNTH, k_BNSH, v_BNSH, slots, output_attentions, first_BT=None, segments=None
     ) -> tuple[Tensor, Tensor | None]:
         dropout, name = self.dropout if self.training else 0.0, self.attn_implementation
         if output_attentions or name == "eager":
+            lengths_B = None if slots is None else slots.lengths_B
             return eager_attention(q_BNTH, k_BNSH, v_BNSH, lengths_B, dropout, first_BT)
-        if lengths_B is not None:
-            return cached_attention(q_BNTH, k_BNSH, v_BNSH, lengths_B, dropout, name), None
+        if slots is not None:
+            return cached_attention(q_BNTH, k_BNSH, v_BNSH, slots, dropout, name), None
         return causal_attention(q_BNTH, k_BNSH, v_BNSH, dropout, first_BT, name, segments), None
 
     def split_heads(self, x_BTA: Tensor) -> Tensor:
@@ -134,28 +134,28 @@ def cached_attention(
     q_BNTH: Tensor,
     k_BNSH: Tensor,
     v_BNSH: Tensor,
-    lengths_B: Tensor,
+    slots: cache.Slots,
     dropout: float = 0.0,
     attn_implementation: str = "sdpa",
 ) -> Tensor:
-    """Attention of T tokens that follow `lengths_B` cached ones, to themselves and to those."""
-    T, S = q_BNTH.shape[2], k_BNSH.shape[2]
+    """Attention of the T tokens in `slots` of a cache, to themselves and to those before them."""
+    T = q_BNTH.shape[2]
     plain = not dropout and not needs_gradient(q_BNTH, k_BNSH, v_BNSH)
     if attn_implementation in flash.PACKAGES:
         flash.check_call(attn_implementation, q_BNTH, False, dropout)
         if plain and flash.package(attn_implementation) is not None:
-            return flash.flash_cached_attention(q_BNTH, k_BNSH, v_BNSH, lengths_B, attn_implementation)
+            return flash.flash_cached_attention(q_BNTH, k_BNSH, v_BNSH, slots.lengths_B, attn_implementation)
     if plain and T <= FEW_TOKENS and q_BNTH.is_cuda and q_BNTH.dtype != torch.float64 and _has_triton():
         from opt_torch.triton_decode import decode_attention
 
-        return decode_attention(q_BNTH, k_BNSH, v_BNSH, lengths_B)
-    if q_BNTH.device.type == "cpu" and not torch.compiler.is_compiling():
-        S = -(-(int(lengths_B.max()) + T) // SLOTS) * SLOTS
-        k_BNSH, v_BNSH = k_BNSH[:, :, :S], v_BNSH[:, :, :S]
+        return decode_attention(q_BNTH, k_BNSH, v_BNSH, slots.lengths_B)
+    k_BNSH, v_BNSH = k_BNSH[:, :, : slots.seen], v_BNSH[:, :, : slots.seen]
+    if slots.sees_all:
+        return fused_attention(q_BNTH, k_BNSH, v_BNSH, dropout=dropout, causal=False)
     if q_BNTH.device.type == "cpu" and q_BNTH.dtype in HALF:
         # SDPA with a mask is 5 times slower than the plain products for bfloat16 on a CPU (torch 2.13).
-        return eager_attention(q_BNTH, k_BNSH, v_BNSH, lengths_B, dropout)[0]
-    mask_B1TS = attend_mask(T, k_BNSH.shape[2], lengths_B, q_BNTH.device)
+        return eager_attention(q_BNTH, k_BNSH, v_BNSH, slots.lengths_B, dropout)[0]
+    mask_B1TS = attend_mask(T, k_BNSH.shape[2], slots.lengths_B, q_BNTH.device)
     return fused_attention(q_BNTH, k_BNSH, v_BNSH, mask=mask_B1TS, dropout=dropout)
 
 

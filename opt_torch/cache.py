@@ -33,6 +33,15 @@ class GrowingCache(Cache):
     """Buffers that grow with every call by the tokens of that call: what `use_cache` makes when no cache was passed."""
 
 
+class Slots(NamedTuple):
+    """Where the T tokens of a call go in a cache, and what they see there; the same for all layers."""
+
+    lengths_B: Tensor  # filled before the call
+    index: tuple  # of the tokens in a buffer: of [B, N, T, H] if it is slices, else of [B, T, N, H]
+    seen: int | None = None  # slots that any token sees, where the host knows it without waiting: on a CPU
+    sees_all: bool = False  # each token sees all of them
+
+
 def init_cache(config: OPTConfig, batch_size: int, capacity: int, *, dtype, device=None) -> Cache:
     """An empty cache for `batch_size` rows of up to `capacity` tokens."""
     shape = (batch_size, config.num_attention_heads, capacity, config.head_size)
@@ -52,14 +61,25 @@ def grow(cache: Cache, tokens: int) -> Cache:
     return type(cache)(tuple(map(longer, cache.keys)), tuple(map(longer, cache.values)), cache.lengths)
 
 
-def write(buffer_BNSH: Tensor, x_BNTH: Tensor, lengths_B: Tensor) -> Tensor:
-    """Puts T new tokens behind the filled slots of each row; in place where no gradient needs the old buffer."""
+def slots_behind(lengths_B: Tensor, T: int) -> Slots:
+    """The T slots behind the filled ones of each row."""
     rows_B1 = torch.arange(len(lengths_B), device=lengths_B.device)[:, None]
-    slots_BT = lengths_B[:, None] + torch.arange(x_BNTH.shape[2], device=lengths_B.device)
+    slots_BT = lengths_B[:, None] + torch.arange(T, device=lengths_B.device)
     index = (rows_B1, slice(None), slots_BT)
+    if lengths_B.device.type != "cpu" or torch.compiler.is_compiling() or not len(lengths_B):
+        return Slots(lengths_B, index)
+    least, most = map(int, lengths_B.aminmax())
+    if least == most:
+        index = (slice(None), slice(None), slice(most, most + T))
+    return Slots(lengths_B, index, most + T, least == most and T == 1)
+
+
+def write(buffer_BNSH: Tensor, x_BNTH: Tensor, slots: Slots) -> Tensor:
+    """Puts the T tokens of a call into their slots; in place where no gradient needs the old buffer."""
     if torch.is_grad_enabled() and (x_BNTH.requires_grad or buffer_BNSH.requires_grad):
         buffer_BNSH = buffer_BNSH.clone()
-    buffer_BNSH[index] = x_BNTH.transpose(1, 2).to(buffer_BNSH.dtype)  # under autocast they differ
+    x_BTNH = x_BNTH if isinstance(slots.index[0], slice) else x_BNTH.transpose(1, 2)
+    buffer_BNSH[slots.index] = x_BTNH.to(buffer_BNSH.dtype)  # under autocast they differ
     return buffer_BNSH
 
 

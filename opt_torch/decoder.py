@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from opt_core.config import POSITION_OFFSET, OPTConfig
 from opt_core.outputs import BaseModelOutput
 from opt_torch.attention import Attention, LayerCache
-from opt_torch.cache import Cache, GrowingCache, grow
+from opt_torch.cache import Cache, GrowingCache, Slots, grow, slots_behind
 from opt_torch.flash import PACKAGES
 from opt_torch.layers import ACTIVATION_FUNCTIONS, Embedding, LayerNorm, Linear
 from opt_torch.packing import Packing, make_packing, pack, unpack, unpack_attentions
@@ -33,14 +33,14 @@ class DecoderLayer(nn.Module):
         self,
         x_BTD: Tensor,
         past: LayerCache | None,
-        lengths_B: Tensor | None,
+        slots: Slots | None,
         output_attentions: bool,
         segments: Segments | None = None,
     ) -> tuple[Tensor, LayerCache, Tensor | None]:
         residual_BTD = x_BTD
         if self.pre_norm:
             x_BTD = self.self_attn_layer_norm(x_BTD)
-        x_BTD, present, weights_BNTS = self.self_attn(x_BTD, past, lengths_B, output_attentions, segments=segments)
+        x_BTD, present, weights_BNTS = self.self_attn(x_BTD, past, slots, output_attentions, segments=segments)
         x_BTD = residual_BTD + self.dropout(x_BTD)
         if not self.pre_norm:
             x_BTD = self.self_attn_layer_norm(x_BTD)
@@ -97,12 +97,13 @@ class Decoder(nn.Module):
             x_BTD = self.project_in(x_BTD)
         x_BTD = x_BTD + self.embed_positions(self.position_rows(x_BTD, position_ids, packing, lengths_B))
 
+        slots = None if past is None else slots_behind(past.lengths, x_BTD.shape[1])
         segments = None if past is not None or packing is None else self._segments(packing)
         inputs, presents, attentions = [], [], []
         for i, layer in enumerate(self.layers):
             inputs.append(x_BTD)
             past_layer = None if past is None else (past.keys[i], past.values[i])
-            y_BTD, present, weights_BNTS = layer(x_BTD, past_layer, lengths_B, output_attentions, segments)
+            y_BTD, present, weights_BNTS = layer(x_BTD, past_layer, slots, output_attentions, segments)
             x_BTD = self.drop_layer(x_BTD, y_BTD)
             presents.append(present)
             attentions.append(weights_BNTS)

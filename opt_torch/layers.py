@@ -3,7 +3,7 @@
 import functools
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opt_core.config import LAYER_NORM_EPS
@@ -14,6 +14,9 @@ ACTIVATION_FUNCTIONS = {
     "gelu_new": functools.partial(F.gelu, approximate="tanh"),  # unlike a lambda, it can be pickled
     "silu": F.silu,
 }
+
+
+FEW_ROWS = 32  # up to here, reading the weights takes longer than multiplying with them
 
 
 class Linear(nn.Linear):
@@ -27,6 +30,9 @@ class Linear(nn.Linear):
         _draw_normal(self.weight, self.init_std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class Embedding(nn.Embedding):
@@ -48,6 +54,43 @@ class LayerNorm(nn.LayerNorm):
 
     def __init__(self, width: int, *, affine: bool):
         super().__init__(width, eps=LAYER_NORM_EPS, elementwise_affine=affine)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b in the dtype of `x`."""
+    if _is_one_decode_step(x, weight):
+        y_RO = _few_rows(x.reshape(-1, x.shape[-1]), weight, bias)
+        return y_RO.reshape(*x.shape[:-1], len(weight))
+    return F.linear(x, weight, bias)
+
+
+def _is_one_decode_step(x: Tensor, weight: Tensor) -> bool:
+    """Whether these are few rows of plain numbers on a CPU, computed now and without gradients."""
+    return (
+        0 < x.numel() <= FEW_ROWS * x.shape[-1]
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and type(weight) in (nn.Parameter, Tensor)
+        and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+    )
+
+
+def _few_rows(x_RI: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b by the fastest of PyTorch's products for so many rows: `F.linear` packs W anew in each call.
+
+    All weights of opt-125m against `F.linear`, torch 2.13, two cores with AVX-512 and AMX: bfloat16 0.57 of its time at
+    1 row and 0.58 at 8; float32 0.84 at 1, 0.68 at 8; no gain at 2 and 3 rows.
+    """
+    R, zero = len(x_RI), bias is None
+    if R == 1:
+        y_O = torch.mv(weight, x_RI[0]) if zero else torch.addmv(bias, weight, x_RI[0])
+        return y_O[None]
+    if x_RI.dtype == torch.bfloat16:  # (W x^T + b)^T: W is the left factor, and read as it lies
+        return (weight @ x_RI.T if zero else torch.addmm(bias[:, None], weight, x_RI.T)).T
+    if R > 3 and torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(x_RI, weight, bias, "none", [], "")
+    return F.linear(x_RI, weight, bias)
 
 
 def _draw_normal(weight: nn.Parameter, std: float) -> None:

@@ -35,11 +35,13 @@ _order_asked_for = os.environ.get(ORDER_VARIABLE, "")
 _cudnn_trials: dict[int | None, bool] = {}  # by the index of the device
 
 
-def fused_attention(q_BNTH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor, *, mask=None, dropout: float = 0.0) -> Tensor:
-    """Causal where no `mask` is given; the query is scaled already."""
+def fused_attention(
+    q_BNTH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor, *, mask=None, causal: bool = True, dropout: float = 0.0
+) -> Tensor:
+    """Causal where no `mask` is given, unless told otherwise; the query is scaled already."""
     with kernels(q_BNTH, k_BNSH, v_BNSH, masked=mask is not None):
         return F.scaled_dot_product_attention(
-            q_BNTH, k_BNSH, v_BNSH, attn_mask=mask, is_causal=mask is None, scale=1.0, dropout_p=dropout
+            q_BNTH, k_BNSH, v_BNSH, attn_mask=mask, is_causal=causal and mask is None, scale=1.0, dropout_p=dropout
         )
 
 
