@@ -9,6 +9,7 @@ except ModuleNotFoundError as error:
     raise MissingFrameworkError("opt_flax needs JAX and Flax: pip install opt-zoo[flax]") from error
 
 from opt_flax.cache import Cache
+from opt_flax.compilation_cache import use_compilation_cache
 from opt_flax.models import (
     FlaxOPTForCausalLM,
     FlaxOPTForQuestionAnswering,
@@ -24,4 +25,5 @@ __all__ = [
     "FlaxOPTForSequenceClassification",
     "FlaxOPTModel",
     "FlaxOPTPreTrainedModel",
+    "use_compilation_cache",
 ]
