@@ -15,10 +15,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from opt_core.drafts import Draft, Drafter, ModelDraft, PromptLookup
+from opt_core.errors import InputError
 from opt_core.generation_output import Record
 from opt_core.generation_request import GenerationRequest
-from opt_core.prefix import Prefix, prefix_of
-from opt_core.sampling import Noise, choose_best
+from opt_core.prefix import Prefix
+from opt_core.prompting import begun
+from opt_core.sampling import NO_TOKEN_LEFT, Noise
 from opt_core.stepper import Stepper
 
 
@@ -44,21 +46,17 @@ class AssistedRows:
 
     def __init__(self, request: GenerationRequest, stepper: Stepper, draft: Stepper | None, record: Record):
         self.request, self.stepper, self.record = request, stepper, record
-        plan, copies = request.plan, request.rows_per_prompt
-        self.noise = Noise(request.seeds, len(plan.input_ids), copies)
-        rows_R = np.repeat(np.arange(len(plan.input_ids)), copies)
-        prompt = prefix_of(plan.input_ids, plan.real, plan.pad_token_id)
-        self.prefixes = [prompt.take(np.array([row])) for row in rows_R]
-        self.tokens: list[list[int]] = [[] for _ in rows_R]
-        self.seen: list[list[tuple]] = [[] for _ in rows_R]  # logits and scores of each token, where they are kept
-        self.ended_R = np.zeros(len(rows_R), bool)
-        logits_RV = stepper.prefill(plan.input_ids, plan.real, request.plan.capacity).logits[rows_R]
-        if copies > 1:
-            stepper.reorder(rows_R)
-        self.fed_R = plan.real.sum(1)[rows_R]
+        self.noise = Noise(request.seeds, len(request.plan.input_ids), request.rows_per_prompt)
+        texts, out = begun(request, stepper)
+        rows = range(len(out.logits))
+        self.prefixes = [texts.take(np.array([row])) for row in rows]
+        self.tokens: list[list[int]] = [[] for _ in rows]
+        self.seen: list[list[tuple]] = [[] for _ in rows]  # logits and scores of each token, where they are kept
+        self.ended_R = np.zeros(len(rows), bool)
+        self.fed_R = texts.lengths_R
         self.drafter: Drafter = PromptLookup(request) if draft is None else ModelDraft(request, draft, self.noise)
-        for row in range(len(rows_R)):
-            self._verify(row, logits_RV[row, None], Draft())
+        for row in rows:
+            self._verify(row, out.logits[row, None], Draft())
 
     def known_columns(self) -> int:
         """New tokens that every row has, or had before it ended."""
@@ -115,8 +113,12 @@ class AssistedRows:
     def _decide(self, row: int, prefix: Prefix, scores_1V: np.ndarray) -> int:
         """The next token of a row."""
         if self.request.settings.do_sample:
-            scores_1V = self.noise.perturbed(row, prefix.new_tokens, scores_1V[0])[None]
-        return int(choose_best(scores_1V, np.array([True]))[0])
+            token = self.noise.sampled(row, prefix.new_tokens, scores_1V[0])
+        else:
+            token = int(scores_1V[0].argmax())
+        if not scores_1V[0, token] > -np.inf:
+            raise InputError("generate", [NO_TOKEN_LEFT.format(row=row)])
+        return token
 
     def record_column(self, column: int) -> None:
         """Keeps logits and scores of one step of all rows; zero for rows that have ended."""

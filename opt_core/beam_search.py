@@ -22,8 +22,9 @@ import numpy as np
 from opt_core.errors import InputError
 from opt_core.generation_output import GenerateOutput, Record
 from opt_core.generation_request import GenerationRequest
-from opt_core.prefix import Prefix, prefix_of
-from opt_core.sampling import NO_TOKEN_LEFT, Noise, log_softmax
+from opt_core.prefix import Prefix
+from opt_core.prompting import begun
+from opt_core.sampling import NO_TOKEN_LEFT, Noise, largest, log_softmax
 from opt_core.stepper import Stepper
 
 NONE = np.float32(-1e9)  # the score of a beam that is not there, as published
@@ -64,11 +65,9 @@ def beam_search(request: GenerationRequest, stepper: Stepper) -> GenerateOutput:
     """Runs a request with beams; returns the best `num_return_sequences` texts of each prompt, best first."""
     plan, settings, record = request.plan, request.settings, Record(request.rules, request.settings)
     prompts, beams = len(plan.input_ids), settings.num_beams
-    prompt = prefix_of(plan.input_ids, plan.real, plan.pad_token_id)
     noise = Noise(request.seeds, prompts, beams)
-    rows_R = np.repeat(np.arange(prompts), beams)
-    logits_RV = stepper.prefill(plan.input_ids, plan.real, request.plan.capacity).logits[rows_R]
-    stepper.reorder(rows_R)
+    prompt, out = begun(request, stepper)
+    logits_RV = out.logits
     running = Beams.empty(prompts, beams, plan.max_new_tokens, plan.pad_token_id)
     finished = Beams.empty(prompts, beams, plan.max_new_tokens, plan.pad_token_id)
     running.scores[:, 0] = 0  # all beams are equal at first: one of them speaks
@@ -93,10 +92,11 @@ def beam_search(request: GenerationRequest, stepper: Stepper) -> GenerateOutput:
 
 
 def _texts(prompt: Prefix, beams: Beams, length: int) -> Prefix:
-    """The texts of all beams, one row each, with their first `length` new tokens."""
-    rows_R = np.repeat(np.arange(len(beams.tokens)), beams.tokens.shape[1])
-    new_RN = beams.tokens[:, :, :length].reshape(len(rows_R), length)
-    texts = prompt.take(rows_R)
+    """The texts of all beams, one row each, with their first `length` new tokens; `prompt` may repeat each prompt."""
+    prompts, number = beams.scores.shape
+    copies = len(prompt.ids_RS) // prompts
+    new_RN = beams.tokens[:, :, :length].reshape(prompts * number, length)
+    texts = prompt.take(np.repeat(np.arange(prompts) * copies, number))
     return texts._replace(ids_RS=np.concatenate([texts.ids_RS, new_RN], axis=1))
 
 
@@ -109,26 +109,20 @@ def _check_tokens_are_left(scores_RV: np.ndarray, running: Beams, open_B: np.nda
 def _candidates(request: GenerationRequest, running: Beams, scores_RV: np.ndarray, noise: Noise, step: int) -> Beams:
     """The C continuations of each prompt, best first or in the order of drawing, their new token filled in."""
     (prompts, beams), vocabulary = running.scores.shape, scores_RV.shape[1]
-    number = max(2, 1 + len(request.plan.eos_token_ids)) * beams
+    number = min(max(2, 1 + len(request.plan.eos_token_ids)), vocabulary) * beams
     totals_BX = (scores_RV.reshape(prompts, beams, -1) + running.scores[..., None]).reshape(prompts, -1)
-    deciding_BX = totals_BX
     if request.settings.do_sample:
-        totals_RV = totals_BX.reshape(prompts * beams, -1)
-        deciding_BX = np.stack([noise.perturbed(row, step, totals_V) for row, totals_V in enumerate(totals_RV)])
-    chosen_BC = np.stack([_largest(deciding_X, number) for deciding_X in deciding_BX.reshape(prompts, -1)])
+        totals_BKV = totals_BX.reshape(prompts, beams, vocabulary)
+        rows = [range(prompt * beams, (prompt + 1) * beams) for prompt in range(prompts)]
+        pairs = zip(rows, totals_BKV, strict=True)
+        chosen_BC = np.stack([noise.drawn(rows_K, step, totals_KV, number) for rows_K, totals_KV in pairs])
+    else:
+        chosen_BC = np.stack([largest(totals_X, number) for totals_X in totals_BX])
     candidates = running.take(chosen_BC // vocabulary)
     candidates.scores = np.take_along_axis(totals_BX, chosen_BC, axis=1)
     candidates.tokens[:, :, step] = chosen_BC % vocabulary
     candidates.origins[:, :, step] = chosen_BC // vocabulary + np.arange(prompts)[:, None] * beams
     return candidates
-
-
-def _largest(totals_X: np.ndarray, number: int) -> np.ndarray:
-    """The indices of the largest numbers, largest first, equal ones in their order."""
-    number = min(number, len(totals_X))
-    least = np.partition(totals_X, -number)[-number]
-    candidates = np.flatnonzero(totals_X >= least)
-    return candidates[np.argsort(-totals_X[candidates], kind="stable")[:number]]
 
 
 def _finished(request: GenerationRequest, finished: Beams, candidates: Beams, open_B: np.ndarray, length: int) -> Beams:

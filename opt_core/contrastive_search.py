@@ -14,8 +14,8 @@ import numpy as np
 
 from opt_core.generation_output import Record
 from opt_core.generation_request import GenerationRequest
-from opt_core.prefix import prefix_of
-from opt_core.sampling import choose_best, softmax
+from opt_core.prompting import begun
+from opt_core.sampling import choose_best, largest, softmax
 from opt_core.stepper import Stepper
 
 
@@ -23,12 +23,12 @@ def contrastive_tokens(request: GenerationRequest, stepper: Stepper, record: Rec
     """Yields the tokens [R] of each step."""
     plan, alpha = request.plan, request.settings.penalty_alpha
     assert alpha is not None  # or the strategy would be another
-    prefix = prefix_of(plan.input_ids, plan.real, plan.pad_token_id)
-    logits_RV, hidden_RTE = stepper.prefill(plan.input_ids, plan.real, request.plan.capacity, output_hidden=True)
+    prefix, (logits_RV, hidden_RTE) = begun(request, stepper, output_hidden=True)
     assert hidden_RTE is not None  # asked for
-    context_RSE = np.where(plan.real[..., None], _unit(hidden_RTE), 0)
-    seen_RS = plan.real
-    rows_R, ended_R = np.arange(len(logits_RV)), np.zeros(len(logits_RV), bool)
+    rows_R, ended_R, length = np.arange(len(logits_RV)), np.zeros(len(logits_RV), bool), plan.input_ids.shape[1]
+    context_RSE = np.zeros((len(rows_R), length + plan.max_new_tokens, hidden_RTE.shape[2]), hidden_RTE.dtype)
+    context_RSE[:, :length] = _unit(hidden_RTE)
+    seen_RS = np.pad(plan.real, ((0, 0), (0, plan.max_new_tokens)), constant_values=True)
     while True:
         scores_RV = record.processed(prefix, logits_RV)
         choose_best(scores_RV, ~ended_R)  # raises where no token is left
@@ -38,13 +38,14 @@ def contrastive_tokens(request: GenerationRequest, stepper: Stepper, record: Rec
         out = stepper.step(tokens_RK.reshape(-1, 1), output_hidden=True)
         assert out.hidden is not None
         hidden_RKE = _unit(out.hidden[:, 0]).reshape(*tokens_RK.shape, -1)
-        likeness_RKS = np.where(seen_RS[:, None], hidden_RKE @ context_RSE.swapaxes(1, 2), -np.inf)
+        likeness_RKS = hidden_RKE @ context_RSE[:, :length].swapaxes(1, 2)
+        likeness_RKS = np.where(seen_RS[:, None, :length], likeness_RKS, -np.inf)
         merit_RK = (1 - alpha) * probabilities_RK - alpha * likeness_RKS.max(-1)
         best_R = np.where(probabilities_RK > 0, merit_RK, -np.inf).argmax(1)
         stepper.reorder(rows_R * width + best_R)
         logits_RV = out.logits[rows_R * width + best_R, 0]
-        context_RSE = np.concatenate([context_RSE, hidden_RKE[rows_R, best_R][:, None]], axis=1)
-        seen_RS = np.pad(seen_RS, ((0, 0), (0, 1)), constant_values=True)
+        context_RSE[:, length] = hidden_RKE[rows_R, best_R]
+        length += 1
         tokens_R = np.where(ended_R, plan.pad_token_id, tokens_RK[rows_R, best_R])
         prefix = prefix.extended(tokens_R)
         ended_R = ended_R | request.stopping(prefix, record.scores_so_far)
@@ -55,10 +56,7 @@ def contrastive_tokens(request: GenerationRequest, stepper: Stepper, record: Rec
 
 def _likeliest(scores_RV: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
     """The tokens [R, K] with the largest scores, largest first, equal ones by id; and their probabilities."""
-    number = min(number, scores_RV.shape[1])
-    tokens_RK = np.sort(np.argpartition(scores_RV, -number, axis=1)[:, -number:], axis=1)
-    order_RK = np.argsort(-np.take_along_axis(scores_RV, tokens_RK, 1), axis=1, kind="stable")
-    tokens_RK = np.take_along_axis(tokens_RK, order_RK, 1)
+    tokens_RK = np.stack([largest(scores_V, number) for scores_V in scores_RV])
     return tokens_RK, np.take_along_axis(softmax(scores_RV), tokens_RK, 1)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from opt_core.generation_request import GenerationRequest
 from opt_core.logits_pipeline import apply_rules
 from opt_core.prefix import Prefix
+from opt_core.prompting import begun
 from opt_core.sampling import Noise, softmax
 from opt_core.stepper import Stepper
 
@@ -60,12 +61,8 @@ class ModelDraft:
     def __init__(self, request: GenerationRequest, stepper: Stepper, noise: Noise):
         self.request, self.stepper, self.noise = request, stepper, noise
         self.number = request.settings.num_assistant_tokens
-        plan = request.plan
-        rows_R = np.repeat(np.arange(len(plan.input_ids)), request.rows_per_prompt)
-        stepper.prefill(plan.input_ids, plan.real, request.plan.capacity)
-        if len(rows_R) > len(plan.input_ids):
-            stepper.reorder(rows_R)
-        self.fed_R = plan.real.sum(1)[rows_R]
+        texts, _ = begun(request, stepper)
+        self.fed_R = texts.lengths_R
         self.is_new = True
 
     def propose(self, prefixes: Sequence[Prefix], ended_R: np.ndarray, most: int) -> list[Draft]:
@@ -115,8 +112,8 @@ class ModelDraft:
     def _guess(self, prefix: Prefix, logits_V: np.ndarray, row: int) -> tuple[int, float]:
         """The next token of a row, and its probability."""
         scores_V = apply_rules(self.request.rules, prefix, logits_V[None].copy())[0]
-        deciding_V = scores_V
         if self.request.settings.do_sample:
-            deciding_V = self.noise.perturbed(row, prefix.new_tokens, scores_V)
-        token = int(deciding_V.argmax())
+            token = self.noise.sampled(row, prefix.new_tokens, scores_V)
+        else:
+            token = int(scores_V.argmax())
         return token, float(softmax(scores_V)[token])

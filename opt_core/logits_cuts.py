@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from opt_core.prefix import Prefix
-from opt_core.sampling import softmax
+from opt_core.sampling import largest, softmax
 
 Scores = np.ndarray  # [R, V] float32
 
@@ -53,14 +53,11 @@ class TopP:
     def _least_kept(self, scores_V: np.ndarray) -> np.float32:
         weights_V = np.exp(scores_V - scores_V.max())
         total = weights_V.sum(dtype=np.float64)
-        room = total * (1 - self.p)
-        # Tokens below an equal share of what may go all go, so that few are left to sort.
-        candidates = np.sort(scores_V[weights_V > room / len(weights_V)])
-        if not len(candidates):
+        # Tokens below an equal share of what may go all go.
+        left = np.flatnonzero(weights_V > total * (1 - self.p) / len(weights_V))
+        if not len(left):
             return scores_V.max()
-        sums = total - np.exp(candidates - scores_V.max()).sum(dtype=np.float64)
-        sums = sums + np.cumsum(np.exp(candidates - scores_V.max()), dtype=np.float64)
-        return candidates[min(int(np.count_nonzero(sums <= room)), len(candidates) - 1)]
+        return scores_V[left[_reaching(-scores_V[left].astype(np.float64), weights_V[left], total * self.p)]]
 
 
 @dataclass(frozen=True)
@@ -84,15 +81,21 @@ class Typical:
     keep: int = 1
 
     def __call__(self, prefix: Prefix, scores_RV: Scores) -> Scores:
-        for row, scores_V in enumerate(scores_RV):
+        for scores_V in scores_RV:
             left = np.flatnonzero(scores_V > -np.inf)
-            probabilities = softmax(scores_V[left])
-            surprises = -np.log(np.maximum(probabilities, np.finfo(np.float64).tiny))
-            distances = np.abs(surprises - (probabilities * surprises).sum())
-            nearest = np.argsort(distances)  # unstable, and need not be: equal distances stay or go together
-            last = int(np.count_nonzero(np.cumsum(probabilities[nearest]) < self.mass))
-            last = min(max(last, self.keep - 1), len(nearest) - 1)
-            scores_RV[row, left[distances > distances[nearest[last]]]] = -np.inf
+            if not len(left):
+                continue
+            logs = scores_V[left].astype(np.float64) - scores_V.max()
+            weights = np.exp(logs)
+            total = weights.sum()
+            distances = np.abs(logs - weights @ logs / total)  # of the surprise from the entropy
+            most = distances[_reaching(distances, weights, total * self.mass)]
+            if self.keep > 1:
+                most = max(most, np.sort(distances)[: self.keep][-1])
+            kept = left[np.flatnonzero(distances <= most)]  # mostly few
+            kept_scores = scores_V[kept]
+            scores_V[:] = -np.inf
+            scores_V[kept] = kept_scores
         return scores_RV
 
 
@@ -124,12 +127,27 @@ class Eta:
         return _removed(scores_RV, removed_RV)
 
 
+def _reaching(keys_X: np.ndarray, weights_X: np.ndarray, mass: float) -> int:
+    """Where the key is with which the weights of all keys up to it reach `mass`; the largest, if none does.
+
+    Few keys are sorted: the sums of bins, a sixteenth wide, tell in which of them `mass` is reached.
+    """
+    scaled_X = keys_X - keys_X.min()
+    scaled_X *= 16
+    bins_X = np.minimum(scaled_X, 1023, out=scaled_X).astype(np.intp)
+    sums = np.cumsum(np.bincount(bins_X, weights_X))
+    chosen = min(int(np.count_nonzero(sums < mass)), len(sums) - 1)
+    inside = np.flatnonzero(bins_X == chosen)
+    inside = inside[np.argsort(keys_X[inside])]
+    sums_inside = np.cumsum(weights_X[inside], dtype=np.float64) + (sums[chosen - 1] if chosen else 0)
+    return int(inside[min(int(np.count_nonzero(sums_inside < mass)), len(inside) - 1)])
+
+
 def _nth_largest(scores_RV: Scores, n: int) -> np.ndarray:
     """The n-th largest score [R, 1] of each row, or the least where there are fewer."""
     if n == 1:
         return scores_RV.max(-1, keepdims=True)
-    n = min(n, scores_RV.shape[1])
-    return np.partition(scores_RV, -n, axis=1)[:, -n, None]
+    return np.array([scores_V[largest(scores_V, n)[-1:]] for scores_V in scores_RV])
 
 
 def _removed(scores_RV: Scores, removed_RV: np.ndarray) -> Scores:

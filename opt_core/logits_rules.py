@@ -12,6 +12,7 @@ Lengths (`min_length`, `forced_bos_token_id`, ...) count the prompt's columns, p
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -34,14 +35,39 @@ class SequenceBias:
     biases: Sequence[tuple[tuple[int, ...], float]]
 
     def __call__(self, prefix: Prefix, scores_RV: Scores) -> Scores:
-        lengths_R = prefix.ids_RS.shape[1] - prefix.starts_R
-        biases_RV = np.zeros_like(scores_RV)  # summed before they are added, as published
-        for (*before, last), bias in self.biases:
-            applies_R = lengths_R >= len(before)
-            if before and applies_R.any():
-                applies_R = applies_R & (prefix.ids_RS[:, -len(before) :] == before).all(1)
-            biases_RV[applies_R, last] += np.float32(bias)
-        return scores_RV + biases_RV
+        rows, which = np.nonzero(self._apply(prefix))
+        places, place_of = np.unique(rows * scores_RV.shape[1] + self._lasts_N[which], return_inverse=True)
+        biases = np.zeros(len(places), np.float32)  # summed before they are added, as published
+        np.add.at(biases, place_of, self._biases_N[which])
+        scores_RV[np.divmod(places, scores_RV.shape[1])] += biases
+        return scores_RV
+
+    def _apply(self, prefix: Prefix) -> np.ndarray:
+        """True [R, N] where the text ends with what stands before the last token of a sequence."""
+        rows, columns = prefix.ids_RS.shape
+        apply_RN = np.zeros((rows, len(self.biases)), bool)
+        for length, (which, before_nL) in self._befores.items():
+            is_long_R = prefix.lengths_R >= length
+            if is_long_R.any():
+                ends_R1L = prefix.ids_RS[:, None, columns - length :]
+                apply_RN[:, which] = (ends_R1L == before_nL).all(2) & is_long_R[:, None]
+        return apply_RN
+
+    @cached_property
+    def _befores(self) -> dict[int, tuple[list[int], np.ndarray]]:
+        """Length of what stands before the last token -> which sequences those are, and what stands there [n, L]."""
+        which: dict[int, list[int]] = {}
+        for index, (ids, _) in enumerate(self.biases):
+            which.setdefault(len(ids) - 1, []).append(index)
+        return {length: (n, np.array([self.biases[i][0][:-1] for i in n])) for length, n in which.items()}
+
+    @cached_property
+    def _lasts_N(self) -> np.ndarray:
+        return np.array([ids[-1] for ids, _ in self.biases], np.int64)
+
+    @cached_property
+    def _biases_N(self) -> np.ndarray:
+        return np.array([bias for _, bias in self.biases], np.float32)
 
 
 def bad_words(bad_words_ids: Sequence[Sequence[int]], eos_token_ids: Sequence[int]) -> SequenceBias:
@@ -73,12 +99,14 @@ class NoRepeatNGram:
     size: int
 
     def __call__(self, prefix: Prefix, scores_RV: Scores) -> Scores:
-        for row in range(len(scores_RV)):
-            text = prefix.text(row)
-            if len(text) >= self.size:
-                ngrams = np.lib.stride_tricks.sliding_window_view(text, self.size)
-                repeats = (ngrams[:, :-1] == text[len(text) - self.size + 1 :]).all(1)
-                scores_RV[row, ngrams[repeats, -1]] = -np.inf
+        windows = prefix.ids_RS.shape[1] - self.size + 1
+        if windows > 0:
+            found_RW = np.arange(windows) >= prefix.starts_R[:, None]
+            for place in range(self.size - 1):  # the newest tokens, compared with those at each place of a window
+                newest_R1 = prefix.ids_RS[:, windows + place, None]
+                found_RW &= prefix.ids_RS[:, place : place + windows] == newest_R1
+            rows, columns = np.nonzero(found_RW)
+            scores_RV[rows, prefix.ids_RS[rows, columns + self.size - 1]] = -np.inf
         return scores_RV
 
 

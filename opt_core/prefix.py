@@ -21,6 +21,11 @@ class Prefix(NamedTuple):
         return self.ids_RS.shape[1] - self.prompt_length
 
     @property
+    def lengths_R(self) -> np.ndarray:
+        """Tokens of each text."""
+        return self.ids_RS.shape[1] - self.starts_R
+
+    @property
     def real_RS(self) -> np.ndarray:
         """True where a token is part of the text."""
         return np.arange(self.ids_RS.shape[1]) >= self.starts_R[:, None]

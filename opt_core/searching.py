@@ -16,7 +16,7 @@ from opt_core.errors import InputError
 from opt_core.generation_options import ASSISTED, BEAM, CONTRASTIVE
 from opt_core.generation_output import GenerateOutput, Record
 from opt_core.generation_request import GenerationRequest
-from opt_core.prefix import prefix_of
+from opt_core.prompting import begun
 from opt_core.sampling import Noise, choose_best, choose_sampled
 from opt_core.stepper import Stepper
 
@@ -63,15 +63,10 @@ def _tokens(request: GenerationRequest, stepper: Stepper, draft: Stepper | None,
 
 def sampled_tokens(request: GenerationRequest, stepper: Stepper, record: Record) -> Tokens:
     """Greedy search or sampling: yields the tokens [R] of each step."""
-    plan, copies = request.plan, request.rows_per_prompt
-    rows_R = np.repeat(np.arange(len(plan.input_ids)), copies)
-    prefix = prefix_of(plan.input_ids, plan.real, plan.pad_token_id).take(rows_R)
-    noise = Noise(request.seeds, len(plan.input_ids), copies)
-    logits_RV = stepper.prefill(plan.input_ids, plan.real, request.plan.capacity).logits
-    if copies > 1:
-        stepper.reorder(rows_R)
-        logits_RV = logits_RV[rows_R]
-    ended_R = np.zeros(len(rows_R), bool)
+    plan = request.plan
+    noise = Noise(request.seeds, len(plan.input_ids), request.rows_per_prompt)
+    prefix, out = begun(request, stepper)
+    logits_RV, ended_R = out.logits, np.zeros(len(out.logits), bool)
     for step in count():
         scores_RV = record.processed(prefix, logits_RV)
         if request.settings.do_sample:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from opt_core.errors import InputError
-from opt_core.sampling import Noise, choose_best, choose_sampled, log_softmax, softmax
+from opt_core.sampling import Noise, choose_best, choose_sampled, largest, log_softmax, softmax
 
 DRAWS = 20_000
 
@@ -74,10 +74,40 @@ def test_the_two_largest_are_drawn_without_replacement():
     """P(first i, then j) = p_i p_j / (1 - p_i)."""
     p = np.array([0.1, 0.4, 0.2, 0.3])
     noise = Noise([4], DRAWS)
-    pairs = np.array([np.argsort(-noise.perturbed(row, 0, np.log(p) - 3))[:2] for row in range(DRAWS)])
+    pairs = np.array([noise.drawn([row], 0, np.log(p)[None] - 3, 2) for row in range(DRAWS)])
     counts = np.bincount(pairs @ [4, 1], minlength=16).reshape(4, 4)
     others = ~np.eye(4, dtype=bool)
     assert chi_square(counts[others], (p[:, None] * p / (1 - p[:, None]))[others]) < 6
+
+
+def perturbed(noise: Noise, rows, step: int, scores_QV: np.ndarray) -> np.ndarray:
+    """The law as it is written down, for every token."""
+    numbers_QV = np.array([noise.at(row, step, np.arange(scores_QV.shape[1])) for row in rows])
+    with np.errstate(divide="ignore"):
+        return scores_QV - np.log(-np.log(numbers_QV))
+
+
+@pytest.mark.parametrize("number", [1, 2, 11, 500])
+@pytest.mark.parametrize("spread", [0.0, 0.1, 3.0, 30.0])
+@pytest.mark.parametrize("left", [1.0, 0.01])
+def test_what_is_drawn_is_what_the_law_says_though_most_of_it_is_not_computed(number, spread, left):
+    rng = np.random.default_rng(0)
+    noise = Noise([5], 60)
+    for row in range(0, 60, 3):
+        rows = [row, row + 1, row + 2]
+        scores = (rng.standard_normal((3, 4001)) * spread).astype(np.float32)
+        scores[rng.random(scores.shape) > left] = -np.inf
+        want = np.argsort(-perturbed(noise, rows, 2, scores).reshape(-1), kind="stable")[:number]
+        assert noise.drawn(rows, 2, scores, number).tolist() == want.tolist()
+
+
+def test_the_largest_are_in_order_and_equal_ones_in_theirs():
+    values = np.round(np.random.default_rng(0).standard_normal(3001), 2).astype(np.float32)
+    values[::3] = -np.inf
+    for number in (1, 7, 90, 2500, 4000):
+        assert largest(values, number).tolist() == np.argsort(-values, kind="stable")[:number].tolist()
+    values[5:2000] = np.nan
+    assert largest(values, 4).tolist() == np.argsort(-values, kind="stable")[:4].tolist()
 
 
 def test_rounding_of_the_logits_moves_hardly_any_token():

@@ -144,14 +144,15 @@ def codes(texts_RN: np.ndarray) -> np.ndarray:
     return texts_RN @ TINY.vocab_size ** np.arange(texts_RN.shape[1])[::-1]
 
 
-def enumerated(ids, steps: int) -> np.ndarray:
+def enumerated(ids, steps: int, cut=lambda p_RV: p_RV) -> np.ndarray:
     """The probability of each text of `steps` tokens by the tiny model, by the chain rule."""
     reference, vocabulary = tiny_reference(0), TINY.vocab_size
     law = np.ones((1,))
     prefixes = np.array(ids)
     for _ in range(steps):
         hidden = reference(prefixes).last_hidden_state[:, -1]
-        law = (law[:, None] * softmax(reference.logits(hidden) * SPREAD)).reshape(-1)
+        weights_RV = cut(softmax(reference.logits(hidden) * SPREAD))
+        law = (law[:, None] * weights_RV / weights_RV.sum(1, keepdims=True)).reshape(-1)
         tokens = np.tile(np.arange(vocabulary), len(prefixes))[:, None]
         prefixes = np.concatenate([np.repeat(prefixes, vocabulary, axis=0), tokens], axis=1)
     return law
@@ -193,6 +194,55 @@ def test_sampled_texts_follow_the_law_of_the_model(drafted, threshold):
         assert max(target.widths) == 3  # drafts were verified
 
 
+def hottest(p_RV: np.ndarray, temperature: float) -> np.ndarray:
+    return p_RV ** (1 / temperature)
+
+
+def likeliest(p_RV: np.ndarray, k: int) -> np.ndarray:
+    return np.where(p_RV >= np.sort(p_RV, axis=1)[:, -k, None], p_RV, 0)
+
+
+def nucleus(p_RV: np.ndarray, mass: float) -> np.ndarray:
+    """Those before which less than `mass` stands, when the likeliest come first."""
+    before_RVV = np.where(p_RV[:, None] > p_RV[:, :, None], p_RV[:, None], 0)
+    return np.where(before_RVV.sum(2) < mass, p_RV, 0)
+
+
+CUTS = {
+    "temperature": (dict(temperature=0.5, top_k=0), lambda p: hottest(p, 0.5)),
+    "top-k": (dict(top_k=3), lambda p: likeliest(p, 3)),
+    "top-p": (dict(top_k=0, top_p=0.8), lambda p: nucleus(p, 0.8)),
+    "all three": (
+        dict(temperature=1.6, top_k=4, top_p=0.9),
+        lambda p: nucleus(softmax(np.log(likeliest(hottest(p, 1.6), 4) + 1e-300)), 0.9),
+    ),
+}
+
+
+@pytest.mark.parametrize("drafted", [False, True], ids=["plain", "assisted"])
+@pytest.mark.parametrize("name", CUTS)
+def test_sampled_texts_follow_the_law_that_a_cut_leaves(name, drafted):
+    texts_sampled, ids = 1500, [[3, 4, 3]]
+    options, cut = CUTS[name]
+    draft = ReferenceStepper(TINY, SPREAD, tiny_reference(1)) if drafted else None
+    if drafted:
+        options = {**options, "num_assistant_tokens": 2, "assistant_confidence_threshold": 0.0}
+    output = run(
+        ids, None, TINY, draft, ReferenceStepper(TINY, SPREAD, tiny_reference(0)), do_sample=True, seed=2,
+        num_return_sequences=texts_sampled, max_new_tokens=3, eos_token_id=[], **options,
+    )  # fmt: skip
+    law = enumerated(ids, 3, cut)
+    counts = np.bincount(codes(output.sequences[:, 3:]), minlength=len(law))
+    assert counts[law < 1e-12].sum() == 0
+    likely = law * texts_sampled > 6
+    assert likely.sum() > 4
+    counts = np.append(counts[likely], counts[~likely].sum())
+    law = np.append(law[likely], law[~likely].sum())
+    possible = law * texts_sampled > 5.1
+    assert counts[~possible].sum() < 25
+    assert chi_square(counts[possible], law[possible] / law[possible].sum()) < 6
+
+
 def test_beam_sampling_draws_its_beams_by_their_probabilities():
     """With two beams and one step the first drawn of a prompt is a sample of the softmax."""
     prompts = 1500
@@ -215,6 +265,7 @@ def test_beam_sampling_draws_its_beams_by_their_probabilities():
 # -- assisted decoding ------------------------------------------------------------------------------------------------
 
 DRAFTS = {"exact": exact_draft, "poor": poor_draft, "foreign": foreign_draft}
+LOOKED_UP = dict(prompt_lookup_num_tokens=4, max_matching_ngram_size=1)
 GREEDY_OPTIONS = [{}, STRATEGIES["greedy with options"], dict(forced_eos_token_id=70, bad_words_ids=[[53, 53]])]
 
 
@@ -227,6 +278,27 @@ def test_assisted_greedy_search_writes_the_text_of_greedy_search(draft, options,
         assistant = dict(num_assistant_tokens=number, assistant_confidence_threshold=threshold)
         got = run(draft=DRAFTS[draft](), **assistant, **options)
         assert got.sequences.tolist() == run(**options).sequences.tolist()
+
+
+@pytest.mark.parametrize("options", GREEDY_OPTIONS, ids=["plain", "rules", "forced"])
+def test_greedy_search_with_prompt_lookup_writes_the_text_of_greedy_search(options):
+    options = {**options, "max_new_tokens": 30, "eos_token_id": []}
+    stepper, repeating = ReferenceStepper(CONFIG), np.tile(IDS[1:2, :3], 2)
+    got = run(repeating, None, stepper=stepper, **LOOKED_UP, **options)
+    assert got.sequences.tolist() == run(repeating, None, **options).sequences.tolist()
+    assert max(stepper.widths) > 1  # drafts were verified
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_text_that_would_be_too_long_is_refused_before_anything_is_computed(name, monkeypatch):
+    def prefill(*args, **options):
+        raise AssertionError("computed")
+
+    monkeypatch.setattr(ReferenceStepper, "prefill", prefill)
+    with pytest.raises(InputError, match=r"the prompt leaves room for \d+ new tokens"):
+        run_strategy(name, max_new_tokens=37)
+    with pytest.raises(AssertionError, match="computed"):
+        run_strategy(name)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "heuristic"])
