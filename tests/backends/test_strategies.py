@@ -5,6 +5,8 @@ import pytest
 from harness import config_of, reference_of
 from reference_stepper import ReferenceStepper, request_of
 
+from opt_core.errors import InputError
+from opt_core.generation_options import NOT_DONE
 from opt_core.searching import search
 
 PROMPT = np.array([[1, 1, 5, 9, 23, 4], [7, 3, 8, 21, 2, 11], [1, 6, 1, 17, 1, 40]])
@@ -43,6 +45,22 @@ def test_a_strategy_gives_the_text_of_the_reference(backend, name):
     )
 
 
+@pytest.mark.parametrize("name", ["a seed for each prompt", "beams", "contrastive"])
+def test_a_left_padded_batch_continues_as_each_prompt_alone(backend, name):
+    """Of the reference that holds for every strategy (tests/core), and what it writes is the text of each backend."""
+    model, left = model_of(backend, config_of(eos_token_id=[2, 6])), MASK[[0, 1, 0]]
+    left[2, 2:4] = 0
+    options = dict(STRATEGIES[name], max_new_tokens=LENGTH)
+    together = np.asarray(backend.numpy(model.generate(PROMPT, left, **options))).astype(int)
+    returned = len(together) // 3
+    for row in range(3):
+        alone = {**options, "seed": options["seed"][row]} if "seed" in options else options
+        ids = PROMPT[row : row + 1, left[row] == 1]
+        text = np.asarray(backend.numpy(model.generate(ids, np.ones_like(ids), **alone))).astype(int)
+        new = text[:, left[row].sum() :]
+        assert np.array_equal(together[row * returned : (row + 1) * returned, 6 : 6 + new.shape[1]], new)
+
+
 @pytest.mark.parametrize("options", [{}, dict(do_sample=True, seed=8)], ids=["greedy", "sampling"])
 def test_a_draft_model_changes_no_token(backend, options):
     config = config_of()
@@ -71,6 +89,56 @@ def test_scores_and_logits_are_handed_out_as_arrays_of_the_framework(backend):
         type(out.sequences) is type(plain) is type(out.scores[0]) is type(out.logits[0]) is type(out.sequences_scores)
     )
     assert backend.numpy(out.logits[0]).shape == (6, model.config.vocab_size)
+
+
+@pytest.mark.parametrize("name", ["greedy", "sampling", "beams", "contrastive", "prompt lookup", "rules"])
+def test_scores_and_logits_of_each_step_are_those_of_the_reference(backend, name):
+    config = config_of(eos_token_id=None)
+    options = dict(STRATEGIES.get(name, {}), output_scores=True, output_logits=True, return_dict_in_generate=True)
+    if "min_new_tokens" in options:
+        options["eos_token_id"] = 96
+    out = model_of(backend, config).generate(PROMPT, MASK, max_new_tokens=5, **options)
+    request = request_of(config, PROMPT, MASK, max_new_tokens=5, **options)
+    want = search(request, ReferenceStepper(config, reference=reference_of(config)))
+    for got_n, want_n in ((out.scores, want.scores), (out.logits, want.logits)):
+        assert len(got_n) == len(want_n) == 5
+        for got, expected_RV in zip(got_n, want_n, strict=True):
+            np.testing.assert_allclose(backend.numpy(got), expected_RV, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def computing(backend, monkeypatch):
+    """Makes every way to compute a logit of a model an error."""
+
+    def computed(*args, **options):
+        raise AssertionError("computed")
+
+    def forbid(model):
+        stepping = __import__(f"opt_{backend.name}.stepping", fromlist=["ModelStepper"])
+        monkeypatch.setattr(stepping.ModelStepper, "prefill", computed)
+        for name in ("prefill", "search", "_search"):
+            monkeypatch.setattr(type(model), name, computed, raising=False)
+
+    return forbid
+
+
+@pytest.mark.parametrize("name", ["greedy", *STRATEGIES])
+def test_a_text_that_would_be_too_long_is_refused_before_anything_is_computed(backend, computing, name):
+    model, options = model_of(backend, config_of()), STRATEGIES.get(name, {})
+    computing(model)
+    with pytest.raises(InputError, match=r"the prompt leaves room for 3\d new tokens"):
+        model.generate(PROMPT, MASK, max_new_tokens=37, **options)
+    with pytest.raises(AssertionError, match="computed"):
+        model.generate(PROMPT, MASK, max_new_tokens=35, **options)
+
+
+def test_what_cannot_be_honoured_is_refused_before_anything_is_computed(backend, computing):
+    model = model_of(backend, config_of())
+    computing(model)
+    for option in NOT_DONE:
+        for call in (model.generate, model.stream):
+            with pytest.raises(InputError, match=f"{option}: not supported"):
+                call(PROMPT, MASK, **{option: "x"})
 
 
 def test_processors_and_criteria_of_the_user_are_obeyed(backend):
