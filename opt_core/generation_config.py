@@ -173,6 +173,11 @@ class GenerationConfig:
         return (texts,) if isinstance(texts, str) else tuple(texts)
 
 
+def expected(name: str) -> str:
+    """What the values of an option may be, in words."""
+    return (_RULES.get(name) or _SWITCH)[0]
+
+
 def plain(value: Any) -> Any:
     """Numbers of Python for those of NumPy, lists for arrays and tuples: what JSON can hold."""
     if isinstance(value, (np.ndarray, np.generic)):
