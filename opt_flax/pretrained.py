@@ -9,16 +9,10 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from opt_core.checks import (
-    ATTENTION_IMPLEMENTATIONS,
-    arguments_of,
-    check_choice,
-    check_config,
-    check_inputs,
-    check_keywords,
-)
+from opt_core.checks import arguments_of, check_config, check_inputs, check_keywords
 from opt_core.config import OPTConfig
 from opt_core.outputs import BaseModelOutput
+from opt_flax.attention import check_implementation
 from opt_flax.cache import Cache, init_cache
 from opt_flax.decoder import Decoder, StaticConfig
 from opt_flax.inputs import as_index, as_tensor, known, known_cache
@@ -33,7 +27,7 @@ class FlaxOPTPreTrainedModel(LoadingMixin, nnx.Module):
 
     def __init__(self, config: OPTConfig, *, attn_implementation: str = "sdpa"):
         check_config(config)
-        check_choice("attn_implementation", attn_implementation, ATTENTION_IMPLEMENTATIONS)
+        check_implementation(attn_implementation, config)
         self.static_config = StaticConfig(config)
         self.attn_implementation = attn_implementation
 
@@ -59,7 +53,7 @@ class FlaxOPTPreTrainedModel(LoadingMixin, nnx.Module):
         return next(iter(self.get_input_embeddings().weight.get_value().devices()))
 
     def set_attn_implementation(self, attn_implementation: str) -> None:
-        check_choice("attn_implementation", attn_implementation, ATTENTION_IMPLEMENTATIONS)
+        check_implementation(attn_implementation, self.config, self.dtype)
         self.attn_implementation = attn_implementation
         for layer in self.base_model.decoder.layers:
             layer.self_attn.attn_implementation = attn_implementation
@@ -118,6 +112,8 @@ class FlaxOPTPreTrainedModel(LoadingMixin, nnx.Module):
         inputs_embeds=None,
         past_key_values: Cache | None = None,
         logits_to_keep: int = 0,
+        segment_ids=None,
+        use_cache: bool | None = None,
     ) -> None:
         """Raises one InputError with everything wrong; to call before a compiled function, which sees no values."""
         check_inputs(
@@ -128,6 +124,8 @@ class FlaxOPTPreTrainedModel(LoadingMixin, nnx.Module):
             inputs_embeds=known(inputs_embeds, values=False),
             cache=known_cache(past_key_values),
             logits_to_keep=logits_to_keep,
+            segment_ids=known(as_index(segment_ids)),
+            use_cache=use_cache,
         )
 
     def decode(
@@ -142,11 +140,13 @@ class FlaxOPTPreTrainedModel(LoadingMixin, nnx.Module):
         output_hidden_states: bool | None,
         unknown: Iterable[str],
         logits_to_keep: int = 0,
+        segment_ids=None,
     ) -> BaseModelOutput:
         """Takes defaults from the config, checks everything, and runs the decoder."""
         config = self.config
         check_keywords(unknown, arguments_of(self.__call__))
-        self.check_inputs(input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, logits_to_keep)
+        given = (input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, logits_to_keep)
+        self.check_inputs(*given, segment_ids, use_cache)
         attention_mask = as_tensor(attention_mask)
         if (
             attention_mask is not None
@@ -160,9 +160,10 @@ class FlaxOPTPreTrainedModel(LoadingMixin, nnx.Module):
             as_index(position_ids),
             as_tensor(inputs_embeds, self.dtype),
             past_key_values,
-            config.use_cache and not self.training if use_cache is None else use_cache,
+            config.use_cache and not self.training and segment_ids is None if use_cache is None else use_cache,
             config.output_attentions if output_attentions is None else output_attentions,
             config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+            as_index(segment_ids),
         )
 
     def current_mask(self, attention_mask, tokens: int) -> Array | None:

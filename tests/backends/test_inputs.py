@@ -144,9 +144,9 @@ def test_check_inputs_says_the_same_without_running_the_model(model):
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("name", ["flash_attention_2", "Eager", None])
+@pytest.mark.parametrize("name", ["flash", "Eager", None])
 def test_an_attention_that_does_not_exist_is_refused(backend, model, name):
-    match = f"attn_implementation: expected one of eager, sdpa, got {name!r}"
+    match = f"attn_implementation: expected one of eager, sdpa.*, got {name!r}"
     with pytest.raises(ValueError, match=match):
         backend.model_class()(config_of(), attn_implementation=name)
     with pytest.raises(ValueError, match=match):

@@ -1,0 +1,250 @@
+"""Which kernel runs where, and that it is in the program: lowered for CUDA, on a host without a GPU."""
+
+import contextlib
+import functools
+import re
+
+import jax
+import jax._src.cudnn.fused_attention_stablehlo as cudnn_in_jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_truth import Attended, attention_inputs, attention_truth, error_bound, worst_share
+from flax import nnx
+
+from opt_core import OPTConfig
+from opt_core.errors import InputError
+from opt_flax import FlaxOPTForCausalLM, attention
+from opt_flax.attention import KERNELS, cached_attention, causal_attention, eager_attention, fused_kernel
+from opt_flax.blockwise import KEYS
+
+HALF = ("float16", "bfloat16")
+NAMES = r"__cudnn\$\w+|opt_(?:forward|d_queries|d_keys_values|decode)"
+OPT_HEADS = (64, 80, 128)  # of all published sizes
+CONFIG = OPTConfig(vocab_size=97, hidden_size=64, num_hidden_layers=1, ffn_dim=53, num_attention_heads=1)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A host that takes itself for one with an H100; what it lowers for CUDA cannot run here."""
+    monkeypatch.setattr(attention, "compute_capability", lambda: (9, 0))
+    monkeypatch.setattr(cudnn_in_jax, "check_cudnn_version", lambda: 91500)
+    monkeypatch.setattr(cudnn_in_jax, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(cudnn_in_jax, "is_cuda_compute_capability_equal", lambda capability: False)
+
+
+def kernels_in(function, *arguments, platform: str = "cuda", pallas: bool = False) -> set[str]:
+    """The fused kernels that a function calls when lowered for a platform; `pallas`: some of Pallas are expected."""
+    with an_absent_gpu() if pallas else contextlib.nullcontext():
+        text = jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+    return set(re.findall(NAMES, text))
+
+
+def an_absent_gpu() -> contextlib.AbstractContextManager:
+    """From jax 0.11 on, Pallas asks which GPU a program is lowered for (and cuDNN's sharding refuses to be told)."""
+    try:
+        from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+        device = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+    except (ImportError, TypeError):
+        return contextlib.nullcontext()
+    return use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device))
+
+
+def shapes(T: int, S: int, H: int, dtype) -> list[jax.ShapeDtypeStruct]:
+    """Queries, keys, values, a cotangent, and an integer for each row."""
+    rows = [jax.ShapeDtypeStruct((2, 3, tokens, H), dtype) for tokens in (T, S, S, T)]
+    return [*rows, jax.ShapeDtypeStruct((2,), jnp.int32)]
+
+
+def gradients(function, q, k, v, d_out):
+    return jax.vjp(function, q, k, v)[1](d_out)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def attended(function, q, k, v, d_out, *more) -> Attended:
+    """The output and the gradients."""
+    out, vjp = jax.vjp(lambda *qkv: function(*qkv, *more), q, k, v)
+    return Attended(out, *vjp(d_out))
+
+
+FORWARD_AND_BACKWARD = {
+    "cudnn": {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"},
+    "pallas": {"opt_forward", "opt_d_queries", "opt_d_keys_values"},
+}
+
+
+@pytest.mark.parametrize("H", OPT_HEADS)
+@pytest.mark.parametrize(
+    ("name", "dtype", "kernel"),
+    [
+        ("sdpa", "bfloat16", "cudnn"),
+        ("sdpa", "float16", "cudnn"),
+        ("sdpa", "float32", "pallas"),
+        ("flash_attention_2", "bfloat16", "cudnn"),
+        ("cudnn", "float16", "cudnn"),
+        ("pallas", "bfloat16", "pallas"),
+    ],
+)
+def test_a_gpu_runs_the_kernel_of_that_name_forward_and_backward(hopper, name, dtype, kernel, H):
+    function = functools.partial(causal_attention, attn_implementation=name)
+    found = kernels_in(functools.partial(gradients, function), *shapes(37, 37, H, dtype)[:4], pallas=kernel == "pallas")
+    assert found == FORWARD_AND_BACKWARD[kernel]
+
+
+@pytest.mark.parametrize("H", OPT_HEADS)
+@pytest.mark.parametrize(
+    ("name", "dtype", "kernel"),
+    [
+        ("sdpa", "bfloat16", "opt_decode"),
+        ("sdpa", "float32", "opt_decode"),
+        ("flash_attention_2", "float16", "opt_decode"),
+        ("cudnn", "bfloat16", "__cudnn$fmhaSoftmax"),
+    ],
+)
+def test_a_gpu_decodes_with_the_kernel_of_that_name(hopper, name, dtype, kernel, H):
+    def step(q, k, v, lengths_B):
+        return cached_attention(q, k, v, lengths_B, name)
+
+    q, k, v, _, lengths_B = shapes(1, 301, H, dtype)
+    assert kernels_in(step, q, k, v, lengths_B, pallas=name != "cudnn") == {kernel}
+
+
+def test_documents_and_several_cached_tokens_go_to_pallas(hopper):
+    q, k, v, _, lengths_B = shapes(7, 301, 64, jnp.bfloat16)
+    assert kernels_in(cached_attention, q, k, v, lengths_B, pallas=True) == {"opt_forward"}
+    first_BT = jax.ShapeDtypeStruct((2, 7), jnp.int32)
+    assert kernels_in(causal_attention, q, q, q, first_BT, pallas=True) == {"opt_forward"}
+
+
+def test_beside_a_gpu_a_model_on_the_cpu_runs_no_kernel(hopper):
+    q, k, v, d_out, lengths_B = shapes(37, 37, 64, jnp.bfloat16)
+    assert kernels_in(functools.partial(gradients, causal_attention), q, k, v, d_out, platform="cpu") == set()
+    assert kernels_in(cached_attention, q, k, v, lengths_B, platform="cpu") == set()
+
+
+def test_a_whole_model_holds_the_kernels_and_no_square_of_its_length(hopper):
+    model = FlaxOPTForCausalLM(CONFIG, dtype=jnp.bfloat16)
+    model.eval()
+    graphdef, weights, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(weights, ids):
+        return nnx.merge(graphdef, weights, rest)(ids, labels=ids).loss
+
+    ids = jax.ShapeDtypeStruct((2, 307), jnp.int32)
+    text = jax.jit(jax.grad(loss)).trace(weights, ids).lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaSoftmaxBackward" in text
+    assert "307x307" not in text
+
+
+CANNOT = [
+    ("cudnn", jnp.float32, 64, {}, "expects float16 or bfloat16, got float32"),
+    ("cudnn", jnp.float16, 68, {}, "a multiple of 8 up to 256, got 68"),
+    ("cudnn", jnp.float16, 64, dict(documents=True), "expects one document a row"),
+    ("cudnn", jnp.float16, 64, dict(cached_tokens=5), "expects one token at a time behind a cache, got 5"),
+    ("pallas", jnp.float64, 64, {}, "expects float32, float16 or bfloat16, got float64"),
+    ("pallas", jnp.float32, 160, {}, "a head size of at most 128, got 160"),
+    ("flash_attention_2", jnp.float32, 64, {}, "expects float16 or bfloat16, got float32"),
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "H", "call", "problem"), CANNOT)
+def test_a_name_that_asks_for_one_kernel_gets_no_other(hopper, name, dtype, H, call, problem):
+    with pytest.raises(InputError, match=f"attn_implementation: {name} .*{problem}"):
+        fused_kernel(name, dtype, H, **call)
+
+
+def test_sdpa_takes_what_no_kernel_does(hopper):
+    assert fused_kernel("sdpa", jnp.float16, 68) == "pallas"
+    assert fused_kernel("sdpa", jnp.float64, 64) is None
+    assert fused_kernel("sdpa", jnp.float32, 160) is None
+
+
+@pytest.mark.parametrize("capability", [None, (7, 5)])
+def test_without_a_recent_gpu_only_sdpa_and_eager_exist(monkeypatch, capability):
+    monkeypatch.setattr(attention, "compute_capability", lambda: capability)
+    assert fused_kernel("sdpa", jnp.bfloat16, 64) is None
+    got = "cpu" if capability is None else "7.5"
+    for name in KERNELS.keys() - {"sdpa"}:
+        with pytest.raises(InputError, match=f"{name} expects an NVIDIA GPU .* 8.0 or newer, got {got}"):
+            FlaxOPTForCausalLM(CONFIG, attn_implementation=name)
+
+
+def test_a_model_is_refused_a_kernel_that_its_dtype_rules_out_when_it_is_made(hopper):
+    with pytest.raises(InputError, match="flash_attention_2 expects float16 or bfloat16, got float32"):
+        FlaxOPTForCausalLM(CONFIG, attn_implementation="flash_attention_2")
+    model = FlaxOPTForCausalLM(CONFIG, attn_implementation="flash_attention_2", dtype=jnp.bfloat16)
+    model.set_attn_implementation("pallas")
+    with pytest.raises(InputError, match="one of eager, sdpa, flash_attention_2, cudnn, pallas, got 'flash'"):
+        model.set_attn_implementation("flash")
+
+
+def test_dropout_of_weights_needs_the_eager_path(hopper):
+    config = CONFIG.replace(attention_dropout=0.3)
+    model = FlaxOPTForCausalLM(config, attn_implementation="pallas")
+    with pytest.raises(InputError, match=r"pallas expects attention_dropout 0 in training, got 0\.3"):
+        model(jnp.zeros((1, 5), jnp.int32))
+
+
+@pytest.mark.parametrize("T", [37, KEYS + 11], ids=lambda T: f"{T} tokens")
+def test_documents_in_a_row_equal_the_truth(T):
+    """Both paths of a CPU: the plain formula, and blocks."""
+    first_BT = np.sort(np.random.default_rng(3).integers(0, np.arange(T) + 1, (2, T)), axis=1)
+    first_BT = np.minimum(first_BT, np.arange(T))
+    inputs = attention_inputs("float32", 2, 1, T, 64)
+    got = attended(causal_attention, *inputs, first_BT)
+    truth = attention_truth(*inputs[:3], first_BT, d_out=inputs[3])
+    shares = worst_share(got, truth, error_bound(*inputs[:3], "float32", first_BT, d_out=inputs[3]))
+    assert max(shares.values()) <= 1, shares
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("H", OPT_HEADS)
+@pytest.mark.parametrize("T", [2, 131, 512, 1031])
+def test_cudnn_equals_the_truth(T, H, dtype):
+    inputs = attention_inputs(dtype, 2, 3, T, H)
+    got = attended(functools.partial(causal_attention, attn_implementation="cudnn"), *inputs)
+    truth = attention_truth(*inputs[:3], d_out=inputs[3])
+    shares = worst_share(got, truth, error_bound(*inputs[:3], dtype, d_out=inputs[3]))
+    assert max(shares.values()) <= 1, shares
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("H", OPT_HEADS)
+def test_cudnn_decodes_like_the_truth(H, dtype):
+    q, k, v, _ = attention_inputs(dtype, 4, 3, 1, H, 307)
+    lengths_B = np.array([0, 40, 255, 306])
+    got = jax.jit(functools.partial(cached_attention, attn_implementation="cudnn"))(q, k, v, jnp.asarray(lengths_B))
+    truth, bound = attention_truth(q, k, v, None, lengths_B), error_bound(q, k, v, dtype, None, lengths_B)
+    assert worst_share(Attended(got), truth, bound)["out"] <= 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", *HALF])
+@pytest.mark.parametrize("name", ["sdpa", "pallas"])
+def test_padding_changes_nothing_on_a_gpu(name, dtype):
+    """Left, right and holes: rows are packed, and what follows them is seen by none."""
+    model = FlaxOPTForCausalLM(CONFIG, attn_implementation=name, dtype=jnp.dtype(dtype))
+    model.eval()
+    rng = np.random.default_rng(0)
+    ids, alone = rng.integers(4, 97, (3, 67)), rng.integers(4, 97, (1, 41))
+    mask = np.zeros((3, 67), int)
+    mask[0, -41:], mask[1, :41] = 1, 1
+    mask[2, np.sort(rng.choice(67, 41, replace=False))] = 1
+    for row in range(3):
+        ids[row, mask[row] == 1] = alone[0]
+    want = np.asarray(model(alone).logits[0], np.float32)
+    got = np.asarray(model(ids, attention_mask=mask).logits, np.float32)
+    for row in range(3):
+        np.testing.assert_allclose(got[row, mask[row] == 1], want, atol=1e-5 if dtype == "float32" else 2e-2)
+
+
+def test_eager_attention_sees_documents_alone():
+    q, k, v, _ = map(jnp.asarray, attention_inputs("float32", 1, 3, 11, 7))
+    eager = jax.jit(eager_attention)
+    got = eager(q, k, v, None, None, jnp.asarray([[0] * 4 + [4] * 7]))[0]
+    for document in (slice(0, 4), slice(4, 11)):
+        apart = eager(*(x[:, :, document] for x in (q, k, v)), None)[0]
+        np.testing.assert_allclose(got[:, :, document], apart, atol=1e-6)

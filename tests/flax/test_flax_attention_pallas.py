@@ -1,0 +1,128 @@
+"""The fused kernels against float64, forward and backward: interpreted on any device, compiled on a GPU (`-m gpu`).
+
+Interpreted, blocks are small, so that a short row has many of them.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_truth import (
+    Attended,
+    attention_inputs,
+    attention_truth,
+    error_bound,
+    root_mean_square_error,
+    worst_share,
+)
+
+from opt_flax import pallas_attention as module
+from opt_flax.attention import eager_attention
+from opt_flax.pallas_attention import pallas_attention, pallas_problems
+
+B, N = 2, 3
+HEADS_AND_DTYPES = [(64, "float32"), (80, "bfloat16"), (128, "float16")]  # on a GPU, each with each: see below
+FIRST_BT = np.stack([np.repeat([0, 5, 20], [5, 15, 17]), np.repeat([0, 16, 36], [16, 20, 1])])  # documents of 37 tokens
+
+
+@pytest.fixture(params=["interpreted", pytest.param("compiled", marks=pytest.mark.gpu)])
+def kernel(request, monkeypatch):
+    """The attention to test."""
+    if request.param == "interpreted":
+        monkeypatch.setattr(module, "block_sizes", lambda T, S, H, dtype, *, backward: (16, 16))
+        monkeypatch.setattr(module, "DECODE_KEYS", 16)
+        monkeypatch.setattr(module, "DECODE_SLOTS", 32)
+    return functools.partial(pallas_attention, interpret=request.param == "interpreted")
+
+
+def attended(function, q, k, v, d_out, *more) -> Attended:
+    """The output and the gradients, compiled."""
+
+    @jax.jit
+    def run(q, k, v, d_out):
+        out, vjp = jax.vjp(lambda q, k, v: function(q, k, v, *more), q, k, v)
+        return out, *vjp(d_out)
+
+    return Attended(*run(*map(jnp.asarray, (q, k, v, d_out))))
+
+
+def check(kernel, dtype: str, inputs, lengths_B=None, first_BT=None) -> None:
+    """Within the bound at every number, and at most twice as far from the truth as the plain formula."""
+    q, k, v, d_out = inputs
+    truth = attention_truth(q, k, v, first_BT, lengths_B, d_out)
+    got = attended(kernel, *inputs, *(None if x is None else jnp.asarray(x) for x in (lengths_B, first_BT)))
+    assert {x.dtype.name for x in got} == {dtype}
+    shares = worst_share(got, truth, error_bound(q, k, v, dtype, first_BT, lengths_B, d_out))
+    assert max(shares.values()) <= 1, shares
+    eager = attended(lambda *x: eager_attention(*x, lengths_B, None, first_BT)[0], *inputs)
+    errors, eagers = root_mean_square_error(got, truth), root_mean_square_error(eager, truth)
+    assert all(errors[part] <= 2 * eagers[part] for part in errors), (errors, eagers)
+
+
+@pytest.mark.parametrize(("H", "dtype"), HEADS_AND_DTYPES)
+def test_tokens_attend_among_themselves(kernel, H, dtype):
+    check(kernel, dtype, attention_inputs(dtype, 1, N, 37, H, size=2.0))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("H", [64, 80, 128])
+@pytest.mark.parametrize("T", [1, 131, 512, 1031])
+def test_tokens_attend_among_themselves_on_a_gpu(T, H, dtype):
+    check(pallas_attention, dtype, attention_inputs(dtype, B, N, T, H))
+
+
+def test_documents_in_a_row_do_not_see_each_other(kernel):
+    check(kernel, "float32", attention_inputs("float32", B, 1, 37, 64), None, FIRST_BT)
+
+
+def test_keys_of_other_documents_are_not_even_read(kernel):
+    """NaN in a block of keys that no query of the later document sees."""
+    q, k, v, _ = map(jnp.asarray, attention_inputs("float32", 1, N, 137, 64))
+    first_BT = jnp.asarray([[0] * 128 + [128] * 9])
+    spoilt = [x.at[:, :, :64].set(jnp.nan) for x in (k, v)]
+    later = jax.jit(lambda *x: kernel(*x, None, first_BT)[:, :, 128:])
+    np.testing.assert_array_equal(later(q, *spoilt), later(q, k, v))
+
+
+def test_several_tokens_behind_a_cache(kernel):
+    check(kernel, "float32", attention_inputs("float32", B, 1, 7, 80, 53), np.array([31, 46]))
+
+
+@pytest.mark.parametrize(("H", "dtype"), HEADS_AND_DTYPES)
+def test_one_token_behind_a_cache(kernel, H, dtype):
+    """Rows that fill no slot, a part, a whole number of parts, and all slots."""
+    q, k, v, _ = attention_inputs(dtype, 4, N, 1, H, 83)
+    lengths_B = np.array([0, 40, 63, 82])
+    truth, bound = attention_truth(q, k, v, None, lengths_B), error_bound(q, k, v, dtype, None, lengths_B)
+    got = Attended(jax.jit(kernel)(q, k, v, lengths_B))
+    plain = Attended(jax.jit(eager_attention)(q, k, v, lengths_B)[0])
+    assert worst_share(got, truth, bound)["out"] <= 1
+    assert root_mean_square_error(got, truth)["out"] <= 2 * root_mean_square_error(plain, truth)["out"]
+
+
+def test_a_step_reads_filled_blocks_alone(kernel):
+    q, k, v, _ = map(jnp.asarray, attention_inputs("float32", B, N, 1, 64, 307))
+    lengths_B = jnp.asarray([2, 11])
+    spoilt = [x.at[:, :, 64:].set(jnp.nan) for x in (k, v)]
+    step = jax.jit(kernel)
+    np.testing.assert_array_equal(step(q, *spoilt, lengths_B), step(q, k, v, lengths_B))
+
+
+@pytest.mark.parametrize("T", [1, 7, 16, 100, 2048])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("backward", [False, True])
+def test_blocks_are_powers_of_two_that_a_triton_product_takes(T, dtype, backward):
+    for size in module.block_sizes(T, 2 * T, 80, jnp.dtype(dtype), backward=backward):
+        assert size >= 16
+        assert size & (size - 1) == 0
+
+
+def test_what_the_kernels_cannot_take_is_said():
+    assert pallas_problems(jnp.float16, 128) == []
+    assert pallas_problems(jnp.float64, 160) == [
+        "expects float32, float16 or bfloat16, got float64",
+        "expects a head size of at most 128, got 160",
+    ]
