@@ -44,6 +44,8 @@ def check_inputs(
     inputs_embeds: Known | None = None,
     cache: KnownCache | None = None,
     logits_to_keep: int = 0,
+    segment_ids: Known | None = None,
+    use_cache: bool | None = None,
 ) -> None:
     """Raises one InputError that lists everything wrong with the arguments of a call."""
     problems = _source_problems(config, input_ids, inputs_embeds)
@@ -52,8 +54,9 @@ def check_inputs(
         batch, length = source.shape[:2]
         problems += _mask_problems(attention_mask, batch, length, cache)
         problems += _cache_problems(config, cache, batch)
+        problems += _segment_problems(segment_ids, batch, length, cache, use_cache)
         real = None if problems else _real_tokens(attention_mask, source)
-        problems += [] if problems else _length_problems(config, real, length, attention_mask, cache)
+        problems += [] if problems else _length_problems(config, real, length, attention_mask, cache, segment_ids)
         problems += _position_problems(config, position_ids, batch, length, real)
         problems += _token_problems(config, input_ids, real)
     if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, (int, np.integer)) or logits_to_keep < 0:
@@ -134,7 +137,25 @@ def _real_tokens(mask: Known | None, source: Known) -> np.ndarray | None:
     return mask.values[:, mask.shape[1] - length :] != 0
 
 
-def _length_problems(config: OPTConfig, real, length, mask, cache: KnownCache | None) -> list[str]:
+def _segment_problems(segments: Known | None, batch, length, cache: KnownCache | None, use_cache) -> list[str]:
+    if segments is None:
+        return []
+    problems = []
+    if not _is_integer(segments.dtype):
+        problems.append(f"segment_ids: expected an integer dtype, got {segments.dtype}")
+    shape = segments.shape
+    if len(shape) != 2 or _differ(shape[0], batch) or _differ(shape[1], length):
+        problems.append(f"segment_ids: expected shape ({batch}, {length}), got {shape}")
+    if cache is not None:
+        problems.append("segment_ids: expected no past_key_values beside it, a cache has one document a row; got both")
+    if use_cache:
+        problems.append("segment_ids: expected use_cache=False beside it, a cache has one document a row; got True")
+    return problems
+
+
+def _length_problems(config: OPTConfig, real, length, mask, cache: KnownCache | None, segments) -> list[str]:
+    if segments is not None:
+        return _document_problems(config, real, segments)
     if mask is None and cache is None:
         too_long = length is not None and length > config.max_position_embeddings
         return [_too_long(config, length)] if too_long else []
@@ -150,9 +171,18 @@ def _length_problems(config: OPTConfig, real, length, mask, cache: KnownCache | 
     return []
 
 
-def _too_long(config: OPTConfig, length: int) -> str:
+def _document_problems(config: OPTConfig, real, segments: Known) -> list[str]:
+    if real is None or segments.values is None:
+        return []
+    ids = [ids_T[real_T] for ids_T, real_T in zip(segments.values, real, strict=True)]
+    ends = [np.flatnonzero(np.diff(ids_T, append=ids_T[-1:] + 1)) for ids_T in ids]
+    longest = max((int(np.diff(ends_T, prepend=-1).max(initial=0)) for ends_T in ends), default=0)
+    return [_too_long(config, longest, "document")] if longest > config.max_position_embeddings else []
+
+
+def _too_long(config: OPTConfig, length: int, unit: str = "row") -> str:
     return (
-        f"sequence: expected at most max_position_embeddings = {config.max_position_embeddings} real tokens a row, "
+        f"sequence: expected at most max_position_embeddings = {config.max_position_embeddings} real tokens a {unit}, "
         f"got {length}"
     )
 

@@ -4,7 +4,7 @@ It computes what the definition says, one line per step, with an explicit mask a
 Sources: Zhang et al., arXiv:2205.01068, section 2; positions, order of operations and the 350m variant follow metaseq.
 
 Padding: the position of a real token is the number of real tokens before it. Nothing attends to padding, and the rows
-of padding tokens are zero in every output.
+of padding tokens are zero in every output. Several documents in a row do not see each other, and each counts from 0.
 """
 
 import math
@@ -44,14 +44,19 @@ class Reference:
         activation = config.activation_function
         self.activation = activation if callable(activation) else ACTIVATION_FUNCTIONS[activation]
 
-    def __call__(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None) -> ReferenceOutput:
+    def __call__(
+        self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, segment_ids=None
+    ) -> ReferenceOutput:
         """Runs [B, T] tokens, or [B, T, E] embeddings, through the decoder."""
         x_BTE = self.weights["decoder.embed_tokens.weight"][input_ids] if inputs_embeds is None else inputs_embeds
         real_BT = np.ones(x_BTE.shape[:2], bool) if attention_mask is None else np.asarray(attention_mask) != 0
         causal_TT = np.tri(x_BTE.shape[1], dtype=bool)
         attend_BTT = causal_TT & real_BT[:, None, :] & real_BT[:, :, None]
+        if segment_ids is not None:
+            documents_BT = number_documents(segment_ids, real_BT)
+            attend_BTT &= documents_BT[:, None, :] == documents_BT[:, :, None]
         if position_ids is None:
-            position_ids = np.cumsum(real_BT, axis=1) - 1
+            position_ids = attend_BTT.sum(2) - 1
         position_ids = np.where(real_BT, position_ids, 0)
 
         x_BTD = self.linear("decoder.project_in", x_BTE)
@@ -130,6 +135,15 @@ class Reference:
         return logits_BT2[..., 0], logits_BT2[..., 1]
 
 
+def number_documents(segment_ids: Array, real_BT: Array) -> Array:
+    """The number of each token's document in its row [B, T]: a new one begins where a real token has another id than
+    the real token before it."""
+    documents_BT = np.zeros(real_BT.shape, int)
+    for row, ids_T, real_T in zip(documents_BT, np.asarray(segment_ids), real_BT, strict=True):
+        row[real_T] = np.cumsum(np.diff(ids_T[real_T], prepend=ids_T[real_T][:1]) != 0)
+    return documents_BT
+
+
 def masked_softmax(scores: Array, attend: Array) -> Array:
     """Softmax over the last axis where `attend` is True; a row that may attend to nothing is all zero."""
     scores = np.where(attend, scores, -np.inf)
@@ -147,11 +161,13 @@ def cross_entropy(logits: Array, labels: Array, counted: Array) -> float:
     return float(-log_probabilities[np.arange(len(labels)), labels].mean())
 
 
-def causal_lm_loss(logits_BTV: Array, labels_BT: Array, attention_mask=None) -> float:
-    """Token t predicts label t + 1. Labels of -100 and predictions made at padding are not counted."""
+def causal_lm_loss(logits_BTV: Array, labels_BT: Array, attention_mask=None, segment_ids=None) -> float:
+    """Token t predicts label t + 1. Not counted: labels of -100, predictions at padding, or of another document."""
     counted = np.asarray(labels_BT)[:, 1:] != IGNORED_LABEL
     if attention_mask is not None:
         counted = counted & (np.asarray(attention_mask)[:, :-1] != 0)
+    if segment_ids is not None:
+        counted = counted & (np.asarray(segment_ids)[:, 1:] == np.asarray(segment_ids)[:, :-1])
     return cross_entropy(logits_BTV[:, :-1], np.asarray(labels_BT)[:, 1:], counted)
 
 

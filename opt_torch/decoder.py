@@ -9,7 +9,7 @@ from opt_torch.attention import Attention, LayerCache
 from opt_torch.cache import Cache, GrowingCache, Slots, grow, slots_behind
 from opt_torch.flash import PACKAGES
 from opt_torch.layers import ACTIVATION_FUNCTIONS, Embedding, LayerNorm, Linear
-from opt_torch.packing import Packing, make_packing, pack, unpack, unpack_attentions
+from opt_torch.packing import Packing, first_columns, make_packing, pack, unpack, unpack_attentions
 from opt_torch.segments import Segments, make_segments
 
 
@@ -35,12 +35,13 @@ class DecoderLayer(nn.Module):
         past: LayerCache | None,
         slots: Slots | None,
         output_attentions: bool,
+        first_BT: Tensor | None = None,
         segments: Segments | None = None,
     ) -> tuple[Tensor, LayerCache, Tensor | None]:
         residual_BTD = x_BTD
         if self.pre_norm:
             x_BTD = self.self_attn_layer_norm(x_BTD)
-        x_BTD, present, weights_BNTS = self.self_attn(x_BTD, past, slots, output_attentions, segments=segments)
+        x_BTD, present, weights_BNTS = self.self_attn(x_BTD, past, slots, output_attentions, first_BT, segments)
         x_BTD = residual_BTD + self.dropout(x_BTD)
         if not self.pre_norm:
             x_BTD = self.self_attn_layer_norm(x_BTD)
@@ -84,6 +85,7 @@ class Decoder(nn.Module):
         use_cache: bool = False,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
+        segment_ids: Tensor | None = None,
     ) -> BaseModelOutput:
         x_BTE = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         packing = None if attention_mask is None else make_packing(attention_mask[:, -x_BTE.shape[1] :])
@@ -91,19 +93,20 @@ class Decoder(nn.Module):
         if isinstance(past, GrowingCache):
             past = grow(past, x_BTE.shape[1])
         lengths_B = None if past is None else past.lengths
+        first_BT = None if segment_ids is None else first_columns(segment_ids, packing)
 
         x_BTD = pack(x_BTE, packing)
         if self.project_in is not None:
             x_BTD = self.project_in(x_BTD)
-        x_BTD = x_BTD + self.embed_positions(self.position_rows(x_BTD, position_ids, packing, lengths_B))
+        x_BTD = x_BTD + self.embed_positions(self.position_rows(x_BTD, position_ids, packing, lengths_B, first_BT))
 
         slots = None if past is None else slots_behind(past.lengths, x_BTD.shape[1])
-        segments = None if past is not None or packing is None else self._segments(packing)
+        segments = None if past is not None else self._segments(x_BTD, first_BT, packing)
         inputs, presents, attentions = [], [], []
         for i, layer in enumerate(self.layers):
             inputs.append(x_BTD)
             past_layer = None if past is None else (past.keys[i], past.values[i])
-            y_BTD, present, weights_BNTS = layer(x_BTD, past_layer, slots, output_attentions, segments)
+            y_BTD, present, weights_BNTS = layer(x_BTD, past_layer, slots, output_attentions, first_BT, segments)
             x_BTD = self.drop_layer(x_BTD, y_BTD)
             presents.append(present)
             attentions.append(weights_BNTS)
@@ -122,7 +125,12 @@ class Decoder(nn.Module):
         )
 
     def position_rows(
-        self, x_BTD: Tensor, position_ids: Tensor | None, packing: Packing | None, lengths_B: Tensor | None
+        self,
+        x_BTD: Tensor,
+        position_ids: Tensor | None,
+        packing: Packing | None,
+        lengths_B: Tensor | None,
+        first_BT: Tensor | None = None,
     ) -> Tensor:
         """Rows of the position table, [B, T] or [1, T]: the number of real tokens before each, plus the offset."""
         B, T = x_BTD.shape[:2]
@@ -130,18 +138,21 @@ class Decoder(nn.Module):
             position_ids = torch.arange(T, device=x_BTD.device)[None]
             if lengths_B is not None:
                 position_ids = lengths_B[:, None] + position_ids
+            if first_BT is not None:
+                position_ids = position_ids - first_BT
         elif packing is not None:
             position_ids = position_ids.expand(B, T).gather(1, packing.order_BT)
         if packing is not None:  # positions of padding, behind the real tokens, may lie outside the table
             position_ids = position_ids.clamp(0, self.config.max_position_embeddings - 1)
         return position_ids + POSITION_OFFSET
 
-    def _segments(self, packing: Packing) -> Segments | None:
-        """The real tokens, for layers with kernels of variable length."""
-        if not any(layer.self_attn.attn_implementation in PACKAGES for layer in self.layers):
+    def _segments(self, x_BTD: Tensor, first_BT: Tensor | None, packing: Packing | None) -> Segments | None:
+        """The documents, without padding, for layers with kernels of variable length."""
+        takes_segments = any(layer.self_attn.attn_implementation in PACKAGES for layer in self.layers)
+        if torch.compiler.is_compiling() or (first_BT is None and not (takes_segments and packing is not None)):
             return None
-        B, T = packing.real_BT.shape
-        return make_segments(B, T, None, packing.lengths_B, packing.real_BT.device)
+        lengths_B = None if packing is None else packing.lengths_B
+        return make_segments(*x_BTD.shape[:2], first_BT, lengths_B, x_BTD.device)
 
     def drop_layer(self, x_BTD: Tensor, y_BTD: Tensor) -> Tensor:
         """LayerDrop (Fan et al., arXiv:1909.11556): in training, a layer is skipped with probability `layerdrop`."""

@@ -7,11 +7,15 @@ from torch.nn import functional as F
 from opt_core.reference import IGNORED_LABEL
 
 
-def causal_lm_loss(logits_BTV: Tensor, labels_BT: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Token t predicts label t + 1. Labels of -100 and predictions made at padding are not counted."""
+def causal_lm_loss(
+    logits_BTV: Tensor, labels_BT: Tensor, attention_mask: Tensor | None = None, segment_ids: Tensor | None = None
+) -> Tensor:
+    """Token t predicts label t + 1. Not counted: labels of -100, predictions at padding, or of another document."""
     targets_BT = labels_BT[:, 1:]
     if attention_mask is not None:
         targets_BT = torch.where(attention_mask[:, :-1] != 0, targets_BT, IGNORED_LABEL)
+    if segment_ids is not None:
+        targets_BT = torch.where(segment_ids[:, 1:] == segment_ids[:, :-1], targets_BT, IGNORED_LABEL)
     return cross_entropy(logits_BTV[:, :-1], targets_BT)
 
 

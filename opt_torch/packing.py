@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class Packing(NamedTuple):
@@ -49,6 +50,15 @@ def unpack_attentions(weights_BNTS: Tensor, packing: Packing | None, *, keys_too
     if keys_too:
         weights_BNTS = torch.take_along_dim(weights_BNTS, packing.inverse_BT[:, None, None, :], 3)
     return torch.where(packing.real_BT[:, None, :, None], weights_BNTS, 0)
+
+
+def first_columns(segment_ids: Tensor, packing: Packing | None) -> Tensor:
+    """The packed column [B, T] at which the document of each token begins; a document is a run of one id."""
+    if packing is not None:
+        segment_ids = torch.take_along_dim(segment_ids, packing.order_BT, 1)
+    begins_BT = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0), value=True)
+    columns_T = torch.arange(segment_ids.shape[1], device=segment_ids.device)
+    return torch.where(begins_BT, columns_T, 0).cummax(1).values
 
 
 def pool_last_token(hidden_BTE: Tensor, mask_BT: Tensor | None) -> Tensor:

@@ -101,6 +101,8 @@ class OPTPreTrainedModel(LoadingMixin, nn.Module):
         inputs_embeds=None,
         past_key_values: Cache | None = None,
         logits_to_keep: int = 0,
+        segment_ids=None,
+        use_cache: bool | None = None,
     ) -> None:
         """Raises one InputError with everything wrong; to call before a compiled function, which sees no values."""
         check_inputs(
@@ -111,6 +113,8 @@ class OPTPreTrainedModel(LoadingMixin, nn.Module):
             inputs_embeds=known(as_tensor(inputs_embeds, self.device), values=False),
             cache=known_cache(past_key_values),
             logits_to_keep=logits_to_keep,
+            segment_ids=known(as_index(segment_ids, self.device)),
+            use_cache=use_cache,
         )
 
     def decode(
@@ -125,11 +129,13 @@ class OPTPreTrainedModel(LoadingMixin, nn.Module):
         output_hidden_states: bool | None,
         unknown: Iterable[str],
         logits_to_keep: int = 0,
+        segment_ids=None,
     ) -> BaseModelOutput:
         """Takes defaults from the config, checks everything, and runs the decoder."""
         config, device = self.config, self.device
         check_keywords(unknown, arguments_of(self.forward))
-        self.check_inputs(input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, logits_to_keep)
+        given = (input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, logits_to_keep)
+        self.check_inputs(*given, segment_ids, use_cache)
         attention_mask = as_tensor(attention_mask, device)
         if attention_mask is not None and not torch.compiler.is_compiling() and attention_mask.all():
             attention_mask = None  # nothing to pack, and no mask where none is needed
@@ -139,9 +145,10 @@ class OPTPreTrainedModel(LoadingMixin, nn.Module):
             as_index(position_ids, device),
             as_tensor(inputs_embeds, device, self.dtype),
             past_key_values,
-            config.use_cache and not self.training if use_cache is None else use_cache,
+            config.use_cache and not self.training and segment_ids is None if use_cache is None else use_cache,
             config.output_attentions if output_attentions is None else output_attentions,
             config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+            as_index(segment_ids, device),
         )
 
     def current_mask(self, attention_mask, tokens: int) -> Tensor | None:
