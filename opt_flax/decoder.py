@@ -12,7 +12,7 @@ from opt_core.outputs import BaseModelOutput
 from opt_flax.attention import Attention, LayerCache
 from opt_flax.cache import Cache, GrowingCache, grow
 from opt_flax.layers import ACTIVATION_FUNCTIONS, Embedding, LayerNorm, Linear
-from opt_flax.packing import Packing, make_packing, pack, unpack, unpack_attentions
+from opt_flax.packing import Packing, first_columns, make_packing, pack, unpack, unpack_attentions
 
 
 class DecoderLayer(nnx.Module):
@@ -32,12 +32,17 @@ class DecoderLayer(nnx.Module):
         self.final_layer_norm = LayerNorm(config.hidden_size, affine=affine, dtype=dtype)
 
     def __call__(
-        self, x_BTD: Array, past: LayerCache | None, lengths_B: Array | None, output_attentions: bool
+        self,
+        x_BTD: Array,
+        past: LayerCache | None,
+        lengths_B: Array | None,
+        output_attentions: bool,
+        first_BT: Array | None = None,
     ) -> tuple[Array, LayerCache, Array | None]:
         residual_BTD = x_BTD
         if self.pre_norm:
             x_BTD = self.self_attn_layer_norm(x_BTD)
-        x_BTD, present, weights_BNTS = self.self_attn(x_BTD, past, lengths_B, output_attentions)
+        x_BTD, present, weights_BNTS = self.self_attn(x_BTD, past, lengths_B, output_attentions, first_BT)
         x_BTD = residual_BTD + self.dropout(x_BTD)
         if not self.pre_norm:
             x_BTD = self.self_attn_layer_norm(x_BTD)
@@ -85,6 +90,7 @@ class Decoder(nnx.Module):
         use_cache: bool = False,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
+        segment_ids: Array | None = None,
     ) -> BaseModelOutput:
         x_BTE = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         packing = None if attention_mask is None else make_packing(attention_mask[:, -x_BTE.shape[1] :])
@@ -92,17 +98,18 @@ class Decoder(nnx.Module):
         if isinstance(past, GrowingCache):
             past = grow(past, x_BTE.shape[1])
         lengths_B = None if past is None else past.lengths
+        first_BT = None if segment_ids is None else first_columns(segment_ids, packing)
 
         x_BTD = pack(x_BTE, packing)
         if self.project_in is not None:
             x_BTD = self.project_in(x_BTD)
-        x_BTD = x_BTD + self.embed_positions(self.position_rows(x_BTD, position_ids, packing, past))
+        x_BTD = x_BTD + self.embed_positions(self.position_rows(x_BTD, position_ids, packing, past, first_BT))
 
         inputs, presents, attentions = [], [], []
         for i, layer in enumerate(self.layers):
             inputs.append(x_BTD)
             past_layer = None if past is None else (past.keys[i], past.values[i])
-            y_BTD, present, weights_BNTS = run_layer(layer, x_BTD, past_layer, lengths_B, output_attentions)
+            y_BTD, present, weights_BNTS = run_layer(layer, x_BTD, past_layer, lengths_B, output_attentions, first_BT)
             x_BTD = self.drop_layer(x_BTD, y_BTD)
             presents.append(present)
             attentions.append(weights_BNTS)
@@ -121,7 +128,12 @@ class Decoder(nnx.Module):
         )
 
     def position_rows(
-        self, x_BTD: Array, position_ids: Array | None, packing: Packing | None, past: Cache | None
+        self,
+        x_BTD: Array,
+        position_ids: Array | None,
+        packing: Packing | None,
+        past: Cache | None,
+        first_BT: Array | None = None,
     ) -> Array:
         """Rows of the position table, [B, T] or [1, T]: the number of real tokens before each, plus the offset.
 
@@ -129,7 +141,7 @@ class Decoder(nnx.Module):
         """
         lengths_B = None if past is None else past.lengths
         capacity = past.capacity if past is not None and past.keys else None
-        return _position_rows(position_ids, packing, lengths_B, x_BTD.shape[:2], capacity)
+        return _position_rows(position_ids, packing, lengths_B, first_BT, x_BTD.shape[:2], capacity)
 
     def drop_layer(self, x_BTD: Array, y_BTD: Array) -> Array:
         """LayerDrop (Fan et al., arXiv:1909.11556): in training, a layer is skipped with probability `layerdrop`."""
@@ -167,23 +179,28 @@ class StaticConfig:
 
 
 def run_layer(
-    layer: DecoderLayer, x_BTD: Array, past: LayerCache | None, lengths_B: Array | None, output_attentions: bool
+    layer: DecoderLayer,
+    x_BTD: Array,
+    past: LayerCache | None,
+    lengths_B: Array | None,
+    output_attentions: bool,
+    first_BT: Array | None = None,
 ) -> tuple[Array, LayerCache, Array | None]:
     """Calls a layer as one compiled function that equal layers share: traced once, and outside `jit` compiled once."""
     graphdef, rngs, weights = nnx.split(layer, nnx.RngState, ...)
-    outputs, rngs = _compiled_layer(graphdef, rngs, weights, x_BTD, past, lengths_B, output_attentions)
+    outputs, rngs = _compiled_layer(graphdef, rngs, weights, x_BTD, past, lengths_B, output_attentions, first_BT)
     if not layer.dropout.deterministic:
         nnx.update(layer, rngs)
     return outputs
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "capacity"))
-def _position_rows(position_ids, packing, lengths_B, shape: tuple[int, int], capacity: int | None) -> Array:
+def _position_rows(position_ids, packing, lengths_B, first_BT, shape: tuple[int, int], capacity: int | None) -> Array:
     slots_BT = jnp.arange(shape[1])[None]
     if lengths_B is not None:
         slots_BT = lengths_B[:, None] + slots_BT
     if position_ids is None:
-        position_ids = slots_BT
+        position_ids = slots_BT if first_BT is None else slots_BT - first_BT
     elif packing is not None:
         position_ids = jnp.take_along_axis(jnp.broadcast_to(position_ids, shape), packing.order_BT, 1)
     rows_BT = jnp.where(position_ids < 0, -1, position_ids + POSITION_OFFSET)
@@ -195,7 +212,7 @@ def _position_rows(position_ids, packing, lengths_B, shape: tuple[int, int], cap
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "output_attentions"))
-def _compiled_layer(graphdef, rngs, weights, x_BTD, past, lengths_B, output_attentions):
+def _compiled_layer(graphdef, rngs, weights, x_BTD, past, lengths_B, output_attentions, first_BT):
     layer = nnx.merge(graphdef, rngs, weights)
-    outputs = layer(x_BTD, past, lengths_B, output_attentions)
+    outputs = layer(x_BTD, past, lengths_B, output_attentions, first_BT)
     return outputs, nnx.state(layer, nnx.RngState)

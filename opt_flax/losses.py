@@ -11,11 +11,15 @@ from opt_flax.layers import at_least_float32
 
 
 @jax.jit
-def causal_lm_loss(logits_BTV: Array, labels_BT: Array, attention_mask: Array | None = None) -> Array:
-    """Token t predicts label t + 1. Labels of -100 and predictions made at padding are not counted."""
+def causal_lm_loss(
+    logits_BTV: Array, labels_BT: Array, attention_mask: Array | None = None, segment_ids: Array | None = None
+) -> Array:
+    """Token t predicts label t + 1. Not counted: labels of -100, predictions at padding, or of another document."""
     targets_BT = labels_BT[:, 1:]
     if attention_mask is not None:
         targets_BT = jnp.where(attention_mask[:, :-1] != 0, targets_BT, IGNORED_LABEL)
+    if segment_ids is not None:
+        targets_BT = jnp.where(segment_ids[:, 1:] == segment_ids[:, :-1], targets_BT, IGNORED_LABEL)
     return cross_entropy(logits_BTV[:, :-1], targets_BT)
 
 

@@ -50,6 +50,7 @@ class FlaxOPTModel(FlaxOPTPreTrainedModel):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        segment_ids=None,
         **unknown,
     ) -> BaseModelOutput:
         """Hidden states [B, T, E] of `input_ids` [B, T] or `inputs_embeds` [B, T, E].
@@ -58,6 +59,8 @@ class FlaxOPTModel(FlaxOPTPreTrainedModel):
             attention_mask: [B, T], 1 for real tokens; with a cache, all columns so far may be given.
             position_ids: [B, T] or [1, T], from 0; by default the number of real tokens before each.
             past_key_values: a cache to continue; it stays as it was, the new one is in the output.
+            segment_ids: [B, T], several documents in a row: tokens see those of the same run of ids, and positions
+                count from its beginning.
 
         Raises:
             InputError: lists every argument that is out of range or of the wrong shape.
@@ -72,6 +75,7 @@ class FlaxOPTModel(FlaxOPTPreTrainedModel):
             output_attentions,
             output_hidden_states,
             unknown,
+            segment_ids=segment_ids,
         )
 
 
@@ -117,11 +121,13 @@ class FlaxOPTForCausalLM(GenerationMixin, FlaxOPTPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int = 0,
+        segment_ids=None,
         **unknown,
     ) -> CausalLMOutput:
         """Logits [B, T, V], or of the last `logits_to_keep` tokens; the loss where `labels` [B, T] are given.
 
-        Token t predicts label t + 1; labels of -100 and predictions made at padding are not counted.
+        Token t predicts label t + 1; labels of -100 are not counted, nor predictions made at padding or, with
+        `segment_ids` [B, T] (`OPTModel`), of another document.
         """
         out = self.decode(
             input_ids,
@@ -134,6 +140,7 @@ class FlaxOPTForCausalLM(GenerationMixin, FlaxOPTPreTrainedModel):
             output_hidden_states,
             unknown,
             logits_to_keep,
+            segment_ids,
         )
         hidden_BTE = out.last_hidden_state
         labels = as_index(labels)
@@ -145,7 +152,7 @@ class FlaxOPTForCausalLM(GenerationMixin, FlaxOPTPreTrainedModel):
         loss = None
         if labels is not None:
             mask_BT = self.current_mask(attention_mask, hidden_BTE.shape[1])
-            loss = losses.causal_lm_loss(logits_BTV, labels, mask_BT)
+            loss = losses.causal_lm_loss(logits_BTV, labels, mask_BT, as_index(segment_ids))
             logits_BTV = logits_BTV[:, -logits_to_keep:]
         return CausalLMOutput(loss, logits_BTV, out.past_key_values, out.hidden_states, out.attentions)
 

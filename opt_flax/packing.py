@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 
 class Packing(NamedTuple):
@@ -55,6 +55,16 @@ def unpack_attentions(weights_BNTS: Array, packing: Packing | None, *, keys_too:
     if keys_too:
         weights_BNTS = jnp.take_along_axis(weights_BNTS, packing.inverse_BT[:, None, None, :], 3)
     return jnp.where(packing.real_BT[:, None, :, None], weights_BNTS, 0)
+
+
+@jax.jit
+def first_columns(segment_ids: Array, packing: Packing | None) -> Array:
+    """The packed column [B, T] at which the document of each token begins; a document is a run of one id."""
+    if packing is not None:
+        segment_ids = jnp.take_along_axis(segment_ids, packing.order_BT, 1)
+    begins_BT = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    columns_T = jnp.arange(segment_ids.shape[1])
+    return lax.cummax(jnp.where(begins_BT, columns_T, 0), axis=1)
 
 
 def pool_last_token(hidden_BTE: Array, mask_BT: Array | None) -> Array:
