@@ -16,6 +16,7 @@ from jax import Array, lax
 from opt_core.config import LAYER_NORM_EPS
 
 FEW_ROWS = 16  # up to here, reading the weights takes longer than multiplying with them
+GROUPS = 4  # parts of a product of one row, so that no thread waits long for another
 
 
 def at_least_float32(dtype) -> jnp.dtype:
@@ -126,13 +127,18 @@ def _weight_first(x: Array, weight: Array) -> Array:
     """x W^T as (W x^T)^T: on a CPU (jax 0.10) XLA then reads W as it lies; for x W^T it packs W each time.
 
     It multiplies bfloat16 as it is only where both factors have two rows; one row of x would bring a float32 copy of W.
+    One row of float32 goes to Eigen, which splits W in two uneven parts for two threads, and the other threads wake
+    50 us after the first: in groups of rows of W, whoever is free takes the next (a step of opt-125m: 23.0 to 21.1 ms).
     """
-    rows_RI = x.reshape(-1, x.shape[-1])
+    (out, width), rows_RI = weight.shape, x.reshape(-1, x.shape[-1])
     R = len(rows_RI)
     if R == 1 and x.dtype == jnp.bfloat16:
         rows_RI = jnp.pad(rows_RI, ((0, 1), (0, 0)))
-    y_OR = lax.optimization_barrier(contract("oi,ri->or", weight, rows_RI))  # or XLA makes it x W^T again
-    return y_OR[:, :R].T.reshape(*x.shape[:-1], len(weight))
+    groups = GROUPS if R == 1 and x.dtype == jnp.float32 and out % GROUPS == 0 else 1
+    rows_GRI = jnp.broadcast_to(rows_RI, (groups, *rows_RI.shape))
+    y_GOR = contract("goi,gri->gor", weight.reshape(groups, out // groups, width), rows_GRI)
+    y_OR = lax.optimization_barrier(y_GOR).reshape(out, -1)  # or XLA makes it x W^T again
+    return y_OR[:, :R].T.reshape(*x.shape[:-1], out)
 
 
 @jax.jit

@@ -9,7 +9,7 @@ from harness import ROUNDOFF, config_of, load_backend, token_ids
 
 from opt_core.generation import BUCKET
 from opt_flax import cache, generation
-from opt_flax.layers import FEW_ROWS, contract, linear, rows
+from opt_flax.layers import FEW_ROWS, GROUPS, contract, linear, rows
 
 
 def a_model(dtype: str = "float32", **changes):
@@ -60,15 +60,16 @@ def test_generation_follows_the_weights():
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("R", [1, 2, 7, FEW_ROWS, FEW_ROWS + 1])
-def test_a_product_of_few_rows_equals_that_of_many(R, dtype):
+@pytest.mark.parametrize("out", [31, 7 * GROUPS])
+def test_a_product_of_few_rows_equals_that_of_many(out, R, dtype):
     x, weight, bias = (
-        jax.random.normal(jax.random.key(i), shape, dtype) for i, shape in enumerate([(R, 53), (31, 53), (31,)])
+        jax.random.normal(jax.random.key(i), shape, dtype) for i, shape in enumerate([(R, 53), (out, 53), (out,)])
     )
     wide = [np.asarray(a, np.float64) for a in (x, weight, bias)]
     for some_bias in (None, bias):
         truth = wide[0] @ wide[1].T + (0 if some_bias is None else wide[2])
         got = linear(x[:, None], weight, some_bias)
-        assert got.shape == (R, 1, 31)
+        assert got.shape == (R, 1, out)
         assert got.dtype == x.dtype
         bound = ROUNDOFF[dtype] * np.abs(truth) + 53 * ROUNDOFF["float32"] * (np.abs(wide[0]) @ np.abs(wide[1]).T)
         assert (np.abs(np.asarray(got[:, 0], np.float64) - truth) <= 1.01 * bound + 1e-7).all()
@@ -76,8 +77,9 @@ def test_a_product_of_few_rows_equals_that_of_many(R, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("R", [1, 3])
-def test_the_gradients_of_a_product_of_few_rows_are_those_of_the_plain_one(R, dtype):
-    x, weight = (jax.random.normal(jax.random.key(i), shape, dtype) for i, shape in enumerate([(R, 53), (31, 53)]))
+@pytest.mark.parametrize("out", [31, 7 * GROUPS])
+def test_the_gradients_of_a_product_of_few_rows_are_those_of_the_plain_one(out, R, dtype):
+    x, weight = (jax.random.normal(jax.random.key(i), shape, dtype) for i, shape in enumerate([(R, 53), (out, 53)]))
     plain = lambda x, weight: contract("ri,oi->ro", x, weight).astype(x.dtype)  # noqa: E731
     got, want = (jax.grad(lambda x, w, f=f: jnp.sin(f(x, w)).sum(), (0, 1))(x, weight) for f in (linear, plain))
     for a, b in zip(got, want, strict=True):
