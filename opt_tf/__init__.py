@@ -21,6 +21,7 @@ if keras.backend.backend() != "tensorflow":
     )
 
 from opt_tf.cache import Cache
+from opt_tf.compilation_cache import use_compilation_cache
 from opt_tf.models import (
     TFOPTForCausalLM,
     TFOPTForQuestionAnswering,
@@ -36,4 +37,5 @@ __all__ = [
     "TFOPTForSequenceClassification",
     "TFOPTModel",
     "TFOPTPreTrainedModel",
+    "use_compilation_cache",
 ]
