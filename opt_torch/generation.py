@@ -1,9 +1,10 @@
-"""Generation, PyTorch: one prefill, then one step per token on a preallocated cache.
+"""Generation, PyTorch: one prefill, then one step per token on a preallocated cache, on a GPU recorded as one graph.
 
 Greedy search is here; every other strategy is `opt_core.searching`, given the steps of `opt_torch.stepping`.
 """
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,6 +17,7 @@ from opt_core.generation_output import GenerateOutput, as_arrays
 from opt_core.generation_request import GenerationRequest, call_options, plan_request
 from opt_core.searching import search, stream
 from opt_torch.cache import Cache, with_capacity
+from opt_torch.cuda_graph import recorded_step
 from opt_torch.inputs import as_index, as_tensor, known
 from opt_torch.packing import pool_last_token
 from opt_torch.stepping import ModelStepper
@@ -106,6 +108,10 @@ class GenerationMixin:
         eos = torch.tensor(plan.eos_token_ids, device=self.device)
         logits_BV, cache = self.prefill(plan.input_ids, plan.real, plan.capacity)
         ended_B = torch.zeros(len(logits_BV), dtype=torch.bool, device=self.device)
+        step = self.decode_step
+        if _records_steps(self.device) and plan.max_new_tokens > 1:
+            step = recorded_step(self, cache)
+            cache = step.cache
         tokens = []
         while True:
             token_B = torch.where(ended_B, plan.pad_token_id, logits_BV.argmax(-1))
@@ -113,7 +119,7 @@ class GenerationMixin:
             ended_B = ended_B | torch.isin(token_B, eos)
             if len(tokens) == plan.max_new_tokens or ended_B.all():
                 return torch.stack(tokens, dim=1)
-            logits_BV, cache = self.decode_step(token_B, cache)
+            logits_BV, cache = step(token_B, cache)
 
     def prefill(self, input_ids_BT: np.ndarray, real_BT: np.ndarray, capacity: int) -> tuple[Tensor, Cache]:
         """Runs the prompt; returns the logits [B, V] after the last real token of each row, and its cache."""
@@ -127,6 +133,11 @@ class GenerationMixin:
         """Feeds one token a row; returns the logits [B, V] after it, and the cache with it."""
         out = self.base_model.decoder(token_B[:, None], past_key_values=cache, use_cache=True)
         return self.logits(out.last_hidden_state[:, 0]), out.past_key_values
+
+
+def _records_steps(device: torch.device) -> bool:
+    """Whether greedy search records its steps as a CUDA graph; OPT_TORCH_CUDA_GRAPHS=0 turns that off."""
+    return device.type == "cuda" and os.environ.get("OPT_TORCH_CUDA_GRAPHS", "1") != "0"
 
 
 def _streamed(tokens: Iterator[np.ndarray], models: list) -> Iterator[np.ndarray]:

@@ -32,9 +32,11 @@ LAZY_IMPORTS = {"opt_core/batch_encoding.py", "opt_zoo/backends.py"}
 # framework's own cache of programs.
 ONLY_SOME_HAVE = {
     "blockwise.py",
+    "rowwise.py",
     *("flash.py", "flex.py", "sdpa.py", "segments.py", "triton_decode.py"),
     *("cudnn.py", "pallas_attention.py"),
     "saved_model.py",
+    "cuda_graph.py",
     "compilation_cache.py",
 }
 

@@ -1,0 +1,80 @@
+"""A decode step recorded as a CUDA graph: one launch for its hundreds of kernels. Not for CPUs, which launch nothing.
+
+A graph reads and writes the addresses that it was recorded with. So a recorded step has a cache and tokens of its own,
+into which a prompt is copied, and it is recorded anew when weights have moved or another shape is asked for.
+"""
+
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from opt_torch.cache import Cache, init_cache
+
+WARM_UP_RUNS = 3  # what libraries and Triton compile and allocate at first must not be recorded
+
+_steps: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of each model, one step and what it was recorded for
+
+
+class RecordedStep:
+    """`decode_step` of a model, for one batch size and capacity; what it returns holds until it is called again."""
+
+    def __init__(self, model, like: Cache):
+        self.model = weakref.proxy(model)
+        dtype = like.keys[0].dtype if like.keys else model.dtype
+        self.cache = init_cache(model.config, like.batch_size, like.capacity, dtype=dtype, device=model.device)
+        self.token_B = torch.zeros_like(self.cache.lengths)
+        self.replay: Callable[[], Tensor] | None = None
+
+    def take(self, cache: Cache) -> None:
+        """Makes the cache of this step a copy of `cache`."""
+        for mine, given in zip(_tensors(self.cache), _tensors(cache), strict=True):
+            mine.copy_(given)
+
+    def __call__(self, token_B: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+        """The logits [B, V] after one token a row, and the cache with it; `cache` is the one of this step."""
+        self.token_B.copy_(token_B)
+        if self.replay is None:
+            self.replay = record_graph(lambda: self.model.decode_step(self.token_B, self.cache)[0])
+        logits_BV = self.replay()
+        self.cache.lengths.add_(1)
+        return logits_BV, self.cache
+
+
+def recorded_step(model, cache: Cache) -> RecordedStep:
+    """The step of a model, with a copy of `cache`; the last one made serves as long as shapes and weights stay."""
+    weights = tuple(parameter.data_ptr() for parameter in model.parameters())
+    names = tuple(layer.self_attn.attn_implementation for layer in model.base_model.decoder.layers)
+    made_for = (cache.batch_size, cache.capacity, weights, names)
+    if model not in _steps or _steps[model][0] != made_for:
+        _steps[model] = made_for, RecordedStep(model, cache)
+    step = _steps[model][1]
+    step.take(cache)
+    return step
+
+
+def record_graph(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Records what `step` does on a GPU. The result does it again, and returns the same tensor with new values.
+
+    `step` must be repeatable: it runs a few times before, and recording runs nothing.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP_RUNS):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return replay
+
+
+def _tensors(cache: Cache) -> tuple[Tensor, ...]:
+    return (*cache.keys, *cache.values, cache.lengths)

@@ -1,0 +1,114 @@
+"""Greedy search by a recorded step. On a CPU the recording is a double, which runs the step again."""
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from harness import config_of, load_backend, token_ids
+
+from opt_torch import cuda_graph, generation
+
+GPU = pytest.mark.gpu
+DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
+
+
+@pytest.fixture
+def recordings(monkeypatch) -> list:
+    """One entry for each recording."""
+    made, real = [], cuda_graph.record_graph
+
+    def record(step):
+        made.append(step)
+        if torch.cuda.is_available():
+            return real(step)
+        for _ in range(cuda_graph.WARM_UP_RUNS):
+            step()
+        out = step()  # the tensor that every run renews
+        return lambda: out.copy_(step())
+
+    monkeypatch.setattr(cuda_graph, "record_graph", record)
+    return made
+
+
+def both_ways(model, monkeypatch, *args, **options) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens by recorded steps, and by steps that are not."""
+    out = []
+    for records in (True, False):
+        monkeypatch.setattr(generation, "_records_steps", lambda device, records=records: records)
+        out.append(model.generate(*args, **options).cpu().numpy())
+    return out[0], out[1]
+
+
+def model_on(device: str, **changes):
+    return load_backend("torch").random_model(config_of(max_position_embeddings=211, **changes)).to(device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layers", [3, 0])
+def test_recorded_steps_give_the_same_tokens(device, layers, recordings, monkeypatch):
+    model = model_on(device, num_hidden_layers=layers)
+    ids_BT, mask_BT = token_ids(model.config), np.ones((4, 13), int)
+    mask_BT[1, :7] = 0
+    recorded, stepped = both_ways(model, monkeypatch, ids_BT, mask_BT, 31, eos_token_id=())
+    assert recorded.shape == (4, 44)
+    assert (recorded == stepped).all()
+    assert len(recordings) == 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_step_is_recorded_once_for_each_shape(device, recordings, monkeypatch):
+    """Prompts and lengths of one bucket share it, and no text of an earlier call is left in it."""
+    model = model_on(device)
+    for length, new_tokens in ((13, 31), (29, 11), (5, 40)):
+        ids_BT = token_ids(model.config, length=length, seed=length)
+        recorded, stepped = both_ways(model, monkeypatch, ids_BT, None, new_tokens, eos_token_id=())
+        assert (recorded == stepped).all()
+    assert len(recordings) == 1
+    both_ways(model, monkeypatch, token_ids(model.config, length=61), None, 31, eos_token_id=())
+    both_ways(model, monkeypatch, token_ids(model.config, batch=3), None, 31, eos_token_id=())
+    assert len(recordings) == 3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_step_is_recorded_anew_where_weights_have_moved(device, recordings, monkeypatch):
+    model = model_on(device)
+    ids_BT = token_ids(model.config)
+    both_ways(model, monkeypatch, ids_BT, None, 7, eos_token_id=())
+    with torch.no_grad():
+        model.model.decoder.layers[1].fc1.weight.mul_(3)  # in place: the graph reads the new values
+    recorded, stepped = both_ways(model, monkeypatch, ids_BT, None, 7, eos_token_id=())
+    assert (recorded == stepped).all()
+    assert len(recordings) == 1
+    moved = torch.nn.Parameter(model.model.decoder.layers[1].fc1.weight.detach() * -2)
+    model.model.decoder.layers[1].fc1.weight = moved
+    recorded, stepped = both_ways(model, monkeypatch, ids_BT, None, 7, eos_token_id=())
+    assert (recorded == stepped).all()
+    assert len(recordings) == 2
+    model.set_attn_implementation("eager")
+    both_ways(model, monkeypatch, ids_BT, None, 7, eos_token_id=())
+    assert len(recordings) == 3
+
+
+def test_a_recorded_step_does_not_keep_its_model(recordings, monkeypatch):
+    model = model_on("cpu")
+    both_ways(model, monkeypatch, token_ids(model.config), None, 7)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_nothing_is_recorded_on_a_cpu(recordings):
+    model = model_on("cpu")
+    model.generate(token_ids(model.config), None, 7)
+    assert recordings == []
+
+
+@pytest.mark.parametrize(("setting", "records"), [(None, True), ("1", True), ("0", False)])
+def test_an_environment_variable_turns_recording_off(setting, records, monkeypatch):
+    monkeypatch.delenv("OPT_TORCH_CUDA_GRAPHS", raising=False)
+    if setting is not None:
+        monkeypatch.setenv("OPT_TORCH_CUDA_GRAPHS", setting)
+    assert generation._records_steps(torch.device("cuda")) is records
