@@ -1,17 +1,27 @@
 """Multi-head causal self-attention, TensorFlow.
 
-Three ways to attend, all on packed rows (`packing.py`), so that the causal flag is the only mask: blockwise over
-the tokens of this call; over a cache, whose rows are prefixes; and step by step ("eager"), which alone can return the
-weights.
+Three ways to attend, all on packed rows (`packing.py`), so that the causal flag is the only mask: in blocks, or fused,
+over the tokens of this call; over a cache, whose rows are prefixes; and step by step ("eager"), which alone can return
+the weights. What runs on which device: docs/attention.md.
 """
 
 import tensorflow as tf
 from tensorflow import Tensor
+from tensorflow.python.framework import ops
+from tensorflow.python.ops import control_flow_util
 
+from opt_core.checks import check_choice
 from opt_core.config import OPTConfig
+from opt_core.errors import InputError, raise_if
 from opt_tf import cache
 from opt_tf.blockwise import BLOCK, blockwise_attention
+from opt_tf.cudnn import cudnn_attention, cudnn_problems
 from opt_tf.layers import Linear, Module, at_least_float32, dims, drop_values
+from opt_tf.rowwise import LONGEST, rowwise_attention
+
+FUSED = ("flash_attention_2", "cudnn")  # cuDNN's kernel is the one that both names mean
+ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa", *FUSED)
+SLOTS = 64  # outside a graph a cache is read up to the next multiple of it
 
 LayerCache = tuple[Tensor, Tensor]  # keys and values of one layer, [B, N, S, H] each
 
@@ -37,10 +47,12 @@ class Attention(Module):
         lengths_B: Tensor | None,
         output_attentions: bool,
         training: bool = False,
+        first_BT: Tensor | None = None,
     ) -> tuple[Tensor, LayerCache, Tensor | None]:
         """Returns the output [B, T, D], the keys and values with those of this call, and the weights or None.
 
-        `past` holds `lengths_B` filled slots a row; without it the tokens of this call are all there is.
+        `past` holds `lengths_B` filled slots a row; without it the tokens of this call are all there is, and a query
+        may be kept from those before slot `first_BT`.
         """
         q_BNTH = self.split_heads(self.q_proj(x_BTD) * self.head_size**-0.5)
         k_BNSH = self.split_heads(self.k_proj(x_BTD))
@@ -48,18 +60,19 @@ class Attention(Module):
         if past is not None:
             k_BNSH = cache.write(past[0], k_BNSH, lengths_B)
             v_BNSH = cache.write(past[1], v_BNSH, lengths_B)
-        heads_BNTH, weights_BNTS = self.attend(q_BNTH, k_BNSH, v_BNSH, lengths_B, output_attentions, training)
+        qkv = q_BNTH, k_BNSH, v_BNSH
+        heads_BNTH, weights_BNTS = self.attend(*qkv, lengths_B, output_attentions, training, first_BT)
         return self.out_proj(self.merge_heads(heads_BNTH)), (k_BNSH, v_BNSH), weights_BNTS
 
     def attend(
-        self, q_BNTH, k_BNSH, v_BNSH, lengths_B, output_attentions, training=False
+        self, q_BNTH, k_BNSH, v_BNSH, lengths_B, output_attentions, training=False, first_BT=None
     ) -> tuple[Tensor, Tensor | None]:
-        dropout = self.dropout if training else 0.0
-        if output_attentions or self.attn_implementation == "eager":
-            return eager_attention(q_BNTH, k_BNSH, v_BNSH, lengths_B, dropout)
+        dropout, name = self.dropout if training else 0.0, self.attn_implementation
+        if output_attentions or name == "eager":
+            return eager_attention(q_BNTH, k_BNSH, v_BNSH, lengths_B, dropout, first_BT)
         if lengths_B is not None:
             return cached_attention(q_BNTH, k_BNSH, v_BNSH, lengths_B, dropout), None
-        return causal_attention(q_BNTH, k_BNSH, v_BNSH, dropout), None
+        return causal_attention(q_BNTH, k_BNSH, v_BNSH, dropout, first_BT, name), None
 
     def split_heads(self, x_BTA: Tensor) -> Tensor:
         B, T, _ = dims(x_BTA)
@@ -70,35 +83,88 @@ class Attention(Module):
         return tf.reshape(tf.transpose(x_BNTH, [0, 2, 1, 3]), [B, T, N * H])
 
 
-def causal_attention(q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor, dropout: float = 0.0) -> Tensor:
-    """Attention of T tokens among themselves, O(T) memory; the query is scaled already."""
+def causal_attention(
+    q_BNTH: Tensor,
+    k_BNTH: Tensor,
+    v_BNTH: Tensor,
+    dropout: float = 0.0,
+    first_BT: Tensor | None = None,
+    attn_implementation: str = "sdpa",
+) -> Tensor:
+    """Attention of T tokens among themselves, O(T) memory; the query is scaled already.
+
+    Query t of row b sees the tokens first_BT[b, t] to t, all up to t without it: documents in a row, each without gaps.
+
+    Raises:
+        InputError: where the implementation has no kernel for the dtype, the device, documents or dropout.
+    """
+    if attn_implementation in FUSED:
+        _check_call(attn_implementation, q_BNTH, dropout, first_BT)
+        return cudnn_attention(q_BNTH, k_BNTH, v_BNTH)
     T = q_BNTH.shape[2]
     if dropout or (T is not None and T <= BLOCK):  # one block; and dropout is not worth a second gradient
-        return eager_attention(q_BNTH, k_BNTH, v_BNTH, None, dropout)[0]
-    return blockwise_attention(q_BNTH, k_BNTH, v_BNTH)
+        return eager_attention(q_BNTH, k_BNTH, v_BNTH, None, dropout, first_BT)[0]
+    if first_BT is None and T is not None and T <= LONGEST and not _traced_for_xla():
+        return rowwise_attention(q_BNTH, k_BNTH, v_BNTH)
+    return blockwise_attention(q_BNTH, k_BNTH, v_BNTH, first_BT)
 
 
 def cached_attention(q_BNTH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor, lengths_B: Tensor, dropout: float = 0.0) -> Tensor:
     """Attention of T tokens that follow `lengths_B` cached ones, to themselves and to those."""
+    if tf.executing_eagerly():
+        S = -(-(int(tf.reduce_max(lengths_B)) + q_BNTH.shape[2]) // SLOTS) * SLOTS
+        k_BNSH, v_BNSH = k_BNSH[:, :, :S], v_BNSH[:, :, :S]
     return eager_attention(q_BNTH, k_BNSH, v_BNSH, lengths_B, dropout)[0]
 
 
 def eager_attention(
-    q_BNTH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor, lengths_B: Tensor | None, dropout: float = 0.0
+    q_BNTH: Tensor,
+    k_BNSH: Tensor,
+    v_BNSH: Tensor,
+    lengths_B: Tensor | None,
+    dropout: float = 0.0,
+    first_BT: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention step by step; returns the output [B, N, T, H] and the weights [B, N, T, S], before dropout."""
     # Scores, softmax and the sums over values in float32 at least: a half-precision product has half-precision output.
     q, k, v = (at_least_float32(x) for x in (q_BNTH, k_BNSH, v_BNSH))
     scores_BNTS = tf.matmul(q, k, transpose_b=True)
-    mask_B1TS = attend_mask(dims(q)[2], dims(k)[2], lengths_B)
+    mask_B1TS = attend_mask(dims(q)[2], dims(k)[2], lengths_B, first_BT)
     scores_BNTS = tf.where(mask_B1TS, scores_BNTS, scores_BNTS.dtype.min)
     weights_BNTS = tf.nn.softmax(scores_BNTS, axis=-1)
     heads_BNTH = tf.matmul(drop_values(weights_BNTS, dropout), v)
     return tf.cast(heads_BNTH, q_BNTH.dtype), tf.cast(weights_BNTS, q_BNTH.dtype)
 
 
-def attend_mask(T: int | Tensor, S: int | Tensor, lengths_B: Tensor | None) -> Tensor:
-    """True where query t may attend to slot s: [B, 1, T, S], or [1, 1, T, S] without a cache. A row is never empty."""
-    query_T = tf.range(T, dtype=tf.int64)
+def attend_mask(T: int | Tensor, S: int | Tensor, lengths_B: Tensor | None, first_BT: Tensor | None = None) -> Tensor:
+    """True where query t may attend to slot s: [B, 1, T, S], or [1, 1, T, S] for all rows. A row is never empty."""
+    query_T, slot_S = tf.range(T, dtype=tf.int64), tf.range(S, dtype=tf.int64)
     last_BT = query_T[None] if lengths_B is None else lengths_B[:, None] + query_T
-    return (tf.range(S, dtype=tf.int64) <= last_BT[..., None])[:, None]
+    mask_BTS = slot_S <= last_BT[..., None]
+    return (mask_BTS if first_BT is None else mask_BTS & (slot_S >= tf.cast(first_BT, tf.int64)[..., None]))[:, None]
+
+
+def check_implementation(attn_implementation: str, config: OPTConfig, dtype: str) -> None:
+    """Raises an InputError for a name that is unknown, or that cannot run here in this compute dtype."""
+    check_choice("attn_implementation", attn_implementation, ATTENTION_IMPLEMENTATIONS)
+    if attn_implementation in FUSED:
+        _raise(attn_implementation, cudnn_problems(dtype, config.head_size))
+
+
+def _check_call(attn_implementation: str, q_BNTH: Tensor, dropout: float, first_BT: Tensor | None) -> None:
+    problems = cudnn_problems(q_BNTH.dtype.name, q_BNTH.shape[3])
+    if dropout:
+        problems.append(f"expects no dropout of attention weights, got {dropout}")
+    if first_BT is not None:
+        problems.append("expects one document a row, got several (first_BT)")
+    _raise(attn_implementation, problems)
+
+
+def _raise(attn_implementation: str, problems: list[str]) -> None:
+    lines = (f"attn_implementation: {attn_implementation} {problem}" for problem in problems)
+    raise_if(InputError, "invalid arguments", lines)
+
+
+def _traced_for_xla() -> bool:
+    """Inside a function with jit_compile; TensorFlow 2.21 has no public way to ask. Taken wrongly, it costs memory."""
+    return control_flow_util.GraphOrParentsInXlaContext(ops.get_default_graph())

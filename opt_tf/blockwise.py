@@ -6,6 +6,8 @@ The running softmax is that of Milakov and Gimelshein (arXiv:1805.02867); the ba
 from the saved logarithm of each row's sum (Dao et al., arXiv:2205.14135, appendix B). All inside is float32 at least.
 """
 
+from typing import NamedTuple
+
 import tensorflow as tf
 from tensorflow import Tensor
 
@@ -13,121 +15,164 @@ from opt_tf.layers import at_least_float32, dims
 
 BLOCK = 256  # positions; a [256, 256] block of scores of one head is 256 KiB
 
-# Below, J stands for the number of blocks and C for the positions of one: [B, N, T, H] becomes [J, B, N, C, H].
 
+def blockwise_attention(q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor, first_BT: Tensor | None = None) -> Tensor:
+    """Attention of T tokens among themselves, each to itself and those before it; the query is scaled already.
 
-@tf.custom_gradient
-def blockwise_attention(q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor):
-    """Attention of T tokens among themselves, each to itself and those before it; the query is scaled already."""
+    With `first_BT`, query t of row b sees no token before first_BT[b, t], which may not decrease along t; blocks that
+    no row of a batch needs are skipped.
+    """
     T = dims(q_BNTH)[2]
+    blocks = _make_blocks(T, first_BT)
+
+    @tf.custom_gradient
+    def attend(*qkv_BNTH: Tensor):
+        q, k, v = (blocks.fill(x) for x in qkv_BNTH)
+        out, log_sum_BNT = attend_blocks(blocks, q, k, v)
+
+        def gradient(d_out_BNTH: Tensor) -> tuple[Tensor, ...]:
+            d_out = blocks.fill(d_out_BNTH)
+            delta_BNT = tf.reduce_sum(at_least_float32(out) * at_least_float32(d_out), axis=-1)
+            saved = (q, k, v, d_out, log_sum_BNT, delta_BNT)
+            return tuple(x[:, :, :T] for x in (query_gradients(blocks, *saved), *key_gradients(blocks, *saved)))
+
+        return out[:, :, :T], gradient
+
+    return attend(q_BNTH, k_BNTH, v_BNTH)
+
+
+class Blocks(NamedTuple):
+    """J blocks of C positions; and where documents begin."""
+
+    C: int | Tensor
+    J: int | Tensor
+    first_BT: Tensor | None  # filled up to J * C positions
+
+    def fill(self, x_BNTH: Tensor) -> Tensor:
+        """Zeros up to a whole number of blocks, where no real query looks."""
+        return tf.pad(x_BNTH, [[0, 0], [0, 0], [0, self.J * self.C - dims(x_BNTH)[2]], [0, 0]])
+
+    def take(self, x: Tensor, j: Tensor) -> Tensor:
+        """Block j of [B, N, T, ...], in float32 at least."""
+        B, N, _, *rest = dims(x)
+        return at_least_float32(tf.slice(x, [0, 0, j * self.C, *[0] * len(rest)], [B, N, self.C, *rest]))
+
+    def first_key(self, j: Tensor) -> int | Tensor:
+        """The first block of keys that a query of block j sees."""
+        if self.first_BT is None:
+            return 0
+        return tf.reduce_min(self.first_BT[:, j * self.C]) // self.C
+
+    def stop_query(self, i: Tensor) -> int | Tensor:
+        """The block behind the last one with a query that sees a key of block i."""
+        if self.first_BT is None:
+            return self.J
+        first_J = tf.reduce_min(self.first_BT, axis=0)[:: self.C]
+        return tf.reduce_sum(tf.cast(first_J < (i + 1) * self.C, tf.int32))
+
+    def visible(self, j: Tensor, i: Tensor, diagonal: bool) -> Tensor | None:
+        """True where query t of block j sees key s of block i, [1 or B, 1, C, C]; None where all see all."""
+        t, s = (block * self.C + tf.range(self.C) for block in (j, i))
+        mask = (s <= t[:, None])[None, None] if diagonal else None
+        if self.first_BT is None:
+            return mask
+        first_BC = tf.slice(self.first_BT, [0, j * self.C], [dims(self.first_BT)[0], self.C])
+        begun = (s >= first_BC[..., None])[:, None]
+        return begun if mask is None else mask & begun
+
+
+def _make_blocks(T: int | Tensor, first_BT: Tensor | None) -> Blocks:
     C = min(BLOCK, T) if isinstance(T, int) else tf.minimum(BLOCK, T)
-    q, k, v = (split_blocks(x, C) for x in (q_BNTH, k_BNTH, v_BNTH))
-    out, log_sums = attend_blocks(q, k, v)
-
-    def gradient(d_out_BNTH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        d_out = split_blocks(d_out_BNTH, C)
-        deltas = tf.reduce_sum(at_least_float32(out) * at_least_float32(d_out), axis=-1, keepdims=True)
-        blocks = (q, k, v, d_out, log_sums, deltas)
-        d_k, d_v = key_gradients(*blocks)
-        return tuple(join_blocks(x, T) for x in (query_gradients(*blocks), d_k, d_v))
-
-    return join_blocks(out, T), gradient
-
-
-def split_blocks(x_BNTH: Tensor, C: int | Tensor) -> Tensor:
-    """[B, N, T, H] to [J, B, N, C, H]; zeros fill the last block, where no real query looks."""
-    B, N, T, H = dims(x_BNTH)
     J = -(-T // C)
-    x_BNTH = tf.pad(x_BNTH, [[0, 0], [0, 0], [0, J * C - T], [0, 0]])
-    return tf.transpose(tf.reshape(x_BNTH, [B, N, J, C, H]), [2, 0, 1, 3, 4])
+    if first_BT is not None:  # what fills the last block goes with the last document
+        first_BT = tf.cast(first_BT, tf.int32)
+        first_BT = tf.concat([first_BT, tf.tile(first_BT[:, -1:], [1, J * C - T])], axis=1)
+    return Blocks(C, J, first_BT)
 
 
-def join_blocks(x_JBNCH: Tensor, T: int | Tensor) -> Tensor:
-    """The inverse of `split_blocks`."""
-    J, B, N, C, H = dims(x_JBNCH)
-    return tf.reshape(tf.transpose(x_JBNCH, [1, 2, 0, 3, 4]), [B, N, J * C, H])[:, :, :T]
-
-
-def attend_blocks(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The output [J, B, N, C, H] and the logarithm of each row's sum of exponentials [J, B, N, C, 1]."""
-    J, mask_CC = dims(q)[0], causal_block(q)
+def attend_blocks(blocks: Blocks, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The output [B, N, T, H] and the logarithm of each row's sum of exponentials [B, N, T]."""
 
     def query_block(j, outs, log_sums):
-        q_j = q[j]
-        scores = tf.where(mask_CC, product(q_j, k[j], transpose_b=True), float("-inf"))
+        q_j = blocks.take(q, j)
+
+        def scores_with(i, diagonal):
+            scores = tf.matmul(q_j, blocks.take(k, i), transpose_b=True)
+            mask = blocks.visible(j, i, diagonal)
+            return scores if mask is None else tf.where(mask, scores, float("-inf"))
+
+        scores = scores_with(j, True)  # first, since there each query sees itself: from here on no peak is -inf
         peak = tf.reduce_max(scores, axis=-1, keepdims=True)
         weights = tf.exp(scores - peak)
-        state = (peak, tf.reduce_sum(weights, axis=-1, keepdims=True), product(weights, v[j]))
+        state = (peak, tf.reduce_sum(weights, axis=-1, keepdims=True), tf.matmul(weights, blocks.take(v, j)))
 
         def key_block(i, peak, total, out):
-            scores = product(q_j, k[i], transpose_b=True)
+            scores = scores_with(i, False)
             new_peak = tf.maximum(peak, tf.reduce_max(scores, axis=-1, keepdims=True))
             weights, kept = tf.exp(scores - new_peak), tf.exp(peak - new_peak)
             total = total * kept + tf.reduce_sum(weights, axis=-1, keepdims=True)
-            return i + 1, new_peak, total, out * kept + product(weights, v[i])
+            return i + 1, new_peak, total, out * kept + tf.matmul(weights, blocks.take(v, i))
 
-        peak, total, out = loop(0, j, key_block, *state)
-        return j + 1, outs.write(j, tf.cast(out / total, q.dtype)), log_sums.write(j, peak + tf.math.log(total))
+        peak, total, out = loop(blocks.first_key(j), j, key_block, *state)
+        log_sum = (peak + tf.math.log(total))[..., 0]
+        return j + 1, outs.write(j, tf.cast(out / total, q.dtype)), log_sums.write(j, log_sum)
 
-    dtype = at_least_float32(q).dtype
-    outs, log_sums = loop(0, J, query_block, tf.TensorArray(q.dtype, J), tf.TensorArray(dtype, J))
-    return outs.stack(), log_sums.stack()
+    wide = tf.float64 if q.dtype == tf.float64 else tf.float32
+    arrays = tf.TensorArray(q.dtype, blocks.J), tf.TensorArray(wide, blocks.J)
+    return tuple(map(_joined, loop(0, blocks.J, query_block, *arrays)))
 
 
-def query_gradients(q, k, v, d_out, log_sums, deltas) -> Tensor:
-    J, mask_CC = dims(q)[0], causal_block(q)
-
+def query_gradients(blocks: Blocks, q, k, v, d_out, log_sum_BNT, delta_BNT) -> Tensor:
     def query_block(j, d_qs):
-        d_out_j, log_sum_j, delta_j, q_j = d_out[j], log_sums[j], deltas[j], q[j]
+        q_j, d_out_j, log_sum_j, delta_j = (blocks.take(x, j) for x in (q, d_out, log_sum_BNT, delta_BNT))
 
-        def part(i, mask):
-            return product(score_gradient(q_j, k[i], v[i], d_out_j, log_sum_j, delta_j, mask)[1], k[i])
+        def part(i, diagonal):
+            k_i = blocks.take(k, i)
+            weights = tf.exp(tf.matmul(q_j, k_i, transpose_b=True) - log_sum_j[..., None])
+            mask = blocks.visible(j, i, diagonal)
+            weights = weights if mask is None else tf.where(mask, weights, 0)
+            d_weights = tf.matmul(d_out_j, blocks.take(v, i), transpose_b=True)
+            return tf.matmul(weights * (d_weights - delta_j[..., None]), k_i)
 
-        (d_q,) = loop(0, j, lambda i, d_q: (i + 1, d_q + part(i, None)), part(j, mask_CC))
+        start = blocks.first_key(j)
+        (d_q,) = loop(start, j, lambda i, d_q: (i + 1, d_q + part(i, False)), part(j, True))
         return j + 1, d_qs.write(j, tf.cast(d_q, q.dtype))
 
-    (d_qs,) = loop(0, J, query_block, tf.TensorArray(q.dtype, J))
-    return d_qs.stack()
+    (d_qs,) = loop(0, blocks.J, query_block, tf.TensorArray(q.dtype, blocks.J))
+    return _joined(d_qs)
 
 
-def key_gradients(q, k, v, d_out, log_sums, deltas) -> tuple[Tensor, Tensor]:
-    J, mask_CC = dims(q)[0], causal_block(q)
+def key_gradients(blocks: Blocks, q, k, v, d_out, log_sum_BNT, delta_BNT) -> tuple[Tensor, Tensor]:
+    """With the scores transposed, keys by queries: XLA's product with a transposed left factor is half as fast."""
 
     def key_block(i, d_ks, d_vs):
-        k_i, v_i = k[i], v[i]
+        k_i, v_i = blocks.take(k, i), blocks.take(v, i)
 
-        def parts(j, mask):
-            weights, d_scores = score_gradient(q[j], k_i, v_i, d_out[j], log_sums[j], deltas[j], mask)
-            return product(d_scores, q[j], transpose_a=True), product(weights, d_out[j], transpose_a=True)
+        def parts(j, diagonal):
+            q_j, d_out_j, log_sum_j, delta_j = (blocks.take(x, j) for x in (q, d_out, log_sum_BNT, delta_BNT))
+            weights = tf.exp(tf.matmul(k_i, q_j, transpose_b=True) - log_sum_j[..., None, :])
+            mask = blocks.visible(j, i, diagonal)
+            weights = weights if mask is None else tf.where(tf.linalg.matrix_transpose(mask), weights, 0)
+            d_weights = tf.matmul(v_i, d_out_j, transpose_b=True)
+            return tf.matmul(weights * (d_weights - delta_j[..., None, :]), q_j), tf.matmul(weights, d_out_j)
 
         def query_block(j, d_k, d_v):
-            more_k, more_v = parts(j, None)
+            more_k, more_v = parts(j, False)
             return j + 1, d_k + more_k, d_v + more_v
 
-        d_k, d_v = loop(i + 1, J, query_block, *parts(i, mask_CC))
+        d_k, d_v = loop(i + 1, blocks.stop_query(i), query_block, *parts(i, True))
         return i + 1, d_ks.write(i, tf.cast(d_k, k.dtype)), d_vs.write(i, tf.cast(d_v, v.dtype))
 
-    d_ks, d_vs = loop(0, J, key_block, tf.TensorArray(k.dtype, J), tf.TensorArray(v.dtype, J))
-    return d_ks.stack(), d_vs.stack()
+    arrays = tf.TensorArray(k.dtype, blocks.J), tf.TensorArray(v.dtype, blocks.J)
+    return tuple(map(_joined, loop(0, blocks.J, key_block, *arrays)))
 
 
-def score_gradient(q_j, k_i, v_i, d_out_j, log_sum_j, delta_j, mask_CC) -> tuple[Tensor, Tensor]:
-    """The weights of one block, computed anew, and the gradient of its scores."""
-    weights = tf.exp(product(q_j, k_i, transpose_b=True) - log_sum_j)
-    if mask_CC is not None:
-        weights = tf.where(mask_CC, weights, 0)
-    return weights, weights * (product(d_out_j, v_i, transpose_b=True) - delta_j)
-
-
-def product(a: Tensor, b: Tensor, **transposes) -> Tensor:
-    """A matrix product with float32 output: TensorFlow rounds that of half-precision factors to half precision."""
-    return tf.matmul(at_least_float32(a), at_least_float32(b), **transposes)
-
-
-def causal_block(q_JBNCH: Tensor) -> Tensor:
-    """True where query t may attend to key s, within the blocks on the diagonal; all other blocks are full or empty."""
-    position_C = tf.range(dims(q_JBNCH)[3])
-    return position_C[None, :] <= position_C[:, None]
+def _joined(blocks: tf.TensorArray) -> Tensor:
+    """J blocks [B, N, C, ...] to [B, N, J * C, ...]."""
+    x = blocks.stack()
+    J, B, N, C, *rest = dims(x)
+    order = [1, 2, 0, 3] + [4] * len(rest)
+    return tf.reshape(tf.transpose(x, order), [B, N, J * C, *rest])
 
 
 def loop(start, stop, body, *state) -> tuple:

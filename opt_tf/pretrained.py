@@ -8,17 +8,11 @@ import numpy as np
 import tensorflow as tf
 from tensorflow import Tensor
 
-from opt_core.checks import (
-    ATTENTION_IMPLEMENTATIONS,
-    arguments_of,
-    check_choice,
-    check_config,
-    check_inputs,
-    check_keywords,
-)
+from opt_core.checks import arguments_of, check_config, check_inputs, check_keywords
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError, ProblemsError
 from opt_core.outputs import BaseModelOutput
+from opt_tf.attention import check_implementation
 from opt_tf.cache import Cache, init_cache
 from opt_tf.decoder import Decoder
 from opt_tf.inputs import as_index, as_tensor, known, known_cache
@@ -38,7 +32,7 @@ class TFOPTPreTrainedModel(LoadingMixin, keras.Model):
     def __init__(self, config: OPTConfig, *, attn_implementation: str = "sdpa", dtype=None):
         super().__init__(dtype=name_of(dtype), autocast=False)
         check_config(config)
-        check_choice("attn_implementation", attn_implementation, ATTENTION_IMPLEMENTATIONS)
+        check_implementation(attn_implementation, config, self.compute_dtype)
         self.config = config
         self.attn_implementation = attn_implementation
         self.built = True  # the subclasses make every weight in their constructor
@@ -62,7 +56,7 @@ class TFOPTPreTrainedModel(LoadingMixin, keras.Model):
         return self.get_input_embeddings().weight.value.device
 
     def set_attn_implementation(self, attn_implementation: str) -> None:
-        check_choice("attn_implementation", attn_implementation, ATTENTION_IMPLEMENTATIONS)
+        check_implementation(attn_implementation, self.config, self.compute_dtype)
         self.attn_implementation = attn_implementation
         for layer in self.base_model.decoder.layers:
             layer.self_attn.attn_implementation = attn_implementation
