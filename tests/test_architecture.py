@@ -33,7 +33,6 @@ LAZY_IMPORTS = {"opt_core/batch_encoding.py", "opt_zoo/backends.py"}
 ONLY_SOME_HAVE = {
     "blockwise.py",
     "rowwise.py",
-    "rowwise.py",
     *("flash.py", "flex.py", "sdpa.py", "segments.py", "triton_decode.py"),
     *("cudnn.py", "pallas_attention.py"),
     "saved_model.py",
