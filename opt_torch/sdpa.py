@@ -47,9 +47,10 @@ def fused_attention(
 
 def kernels(*qkv: Tensor, masked: bool = False) -> contextlib.AbstractContextManager:
     """Restricts and orders the kernels for these tensors; on a CPU, or with PyTorch's own order, does nothing."""
-    x, order = qkv[0], check_order()
+    x = qkv[0]
     if not x.is_cuda:
         return contextlib.nullcontext()
+    order = check_order()
     if not order and masked:
         order = WITH_MASK
     elif not order and x.dtype in HALF and needs_gradient(*qkv) and not cudnn_backward_is_right(x.device):
