@@ -8,7 +8,7 @@ from opt_core.outputs import BaseModelOutput
 from opt_tf.attention import Attention, LayerCache
 from opt_tf.cache import Cache, GrowingCache, grow
 from opt_tf.layers import ACTIVATION_FUNCTIONS, Embedding, LayerNorm, Linear, Module, dims, drop_values
-from opt_tf.packing import Packing, make_packing, pack, unpack, unpack_attentions
+from opt_tf.packing import Packing, first_columns, make_packing, pack, unpack, unpack_attentions
 
 
 class DecoderLayer(Module):
@@ -35,12 +35,13 @@ class DecoderLayer(Module):
         lengths_B: Tensor | None,
         output_attentions: bool,
         training: bool = False,
+        first_BT: Tensor | None = None,
     ) -> tuple[Tensor, LayerCache, Tensor | None]:
         dropout = self.dropout if training else 0.0
         residual_BTD = x_BTD
         if self.pre_norm:
             x_BTD = self.self_attn_layer_norm(x_BTD)
-        x_BTD, present, weights_BNTS = self.self_attn(x_BTD, past, lengths_B, output_attentions, training)
+        x_BTD, present, weights_BNTS = self.self_attn(x_BTD, past, lengths_B, output_attentions, training, first_BT)
         x_BTD = residual_BTD + drop_values(x_BTD, dropout)
         if not self.pre_norm:
             x_BTD = self.self_attn_layer_norm(x_BTD)
@@ -87,6 +88,7 @@ class Decoder(Module):
         use_cache: bool = False,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
+        segment_ids: Tensor | None = None,
         training: bool = False,
     ) -> BaseModelOutput:
         x_BTE = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -96,17 +98,18 @@ class Decoder(Module):
         if isinstance(past, GrowingCache):
             past = grow(past, T)
         lengths_B = None if past is None else past.lengths
+        first_BT = None if segment_ids is None else first_columns(segment_ids, packing)
 
         x_BTD = pack(x_BTE, packing)
         if self.project_in is not None:
             x_BTD = self.project_in(x_BTD)
-        x_BTD = x_BTD + self.embed_positions(self.position_rows(x_BTD, position_ids, packing, lengths_B))
+        x_BTD = x_BTD + self.embed_positions(self.position_rows(x_BTD, position_ids, packing, lengths_B, first_BT))
 
         inputs, presents, attentions = [], [], []
         for i, layer in enumerate(self.layers):
             inputs.append(x_BTD)
             past_layer = None if past is None else (past.keys[i], past.values[i])
-            y_BTD, present, weights_BNTS = layer(x_BTD, past_layer, lengths_B, output_attentions, training)
+            y_BTD, present, weights_BNTS = layer(x_BTD, past_layer, lengths_B, output_attentions, training, first_BT)
             x_BTD = self.drop_layer(x_BTD, y_BTD, training)
             presents.append(present)
             attentions.append(weights_BNTS)
@@ -125,7 +128,12 @@ class Decoder(Module):
         )
 
     def position_rows(
-        self, x_BTD: Tensor, position_ids: Tensor | None, packing: Packing | None, lengths_B: Tensor | None
+        self,
+        x_BTD: Tensor,
+        position_ids: Tensor | None,
+        packing: Packing | None,
+        lengths_B: Tensor | None,
+        first_BT: Tensor | None = None,
     ) -> Tensor:
         """Rows of the position table, [B, T] or [1, T]: the number of real tokens before each, plus the offset."""
         B, T, _ = dims(x_BTD)
@@ -134,6 +142,8 @@ class Decoder(Module):
             position_ids = columns_1T
             if lengths_B is not None:
                 position_ids = lengths_B[:, None] + position_ids
+            if first_BT is not None:
+                position_ids = position_ids - tf.cast(first_BT, tf.int64)
         elif packing is not None:
             position_ids = tf.gather(tf.broadcast_to(position_ids, [B, T]), packing.order_BT, axis=1, batch_dims=1)
         if packing is not None:  # positions of padding, behind the real tokens, may lie outside the table

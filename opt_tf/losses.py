@@ -7,11 +7,15 @@ from opt_core.reference import IGNORED_LABEL
 from opt_tf.layers import at_least_float32
 
 
-def causal_lm_loss(logits_BTV: Tensor, labels_BT: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Token t predicts label t + 1. Labels of -100 and predictions made at padding are not counted."""
+def causal_lm_loss(
+    logits_BTV: Tensor, labels_BT: Tensor, attention_mask: Tensor | None = None, segment_ids: Tensor | None = None
+) -> Tensor:
+    """Token t predicts label t + 1. Not counted: labels of -100, predictions at padding, or of another document."""
     targets_BT = labels_BT[:, 1:]
     if attention_mask is not None:
         targets_BT = tf.where(tf.cast(attention_mask[:, :-1], tf.bool), targets_BT, IGNORED_LABEL)
+    if segment_ids is not None:
+        targets_BT = tf.where(segment_ids[:, 1:] == segment_ids[:, :-1], targets_BT, IGNORED_LABEL)
     return cross_entropy(logits_BTV[:, :-1], targets_BT)
 
 

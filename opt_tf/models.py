@@ -43,6 +43,7 @@ class TFOPTModel(TFOPTPreTrainedModel):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        segment_ids=None,
         training: bool | None = None,
         **unknown,
     ) -> BaseModelOutput:
@@ -52,6 +53,8 @@ class TFOPTModel(TFOPTPreTrainedModel):
             attention_mask: [B, T], 1 for real tokens; with a cache, all columns so far may be given.
             position_ids: [B, T] or [1, T], from 0; by default the number of real tokens before each.
             past_key_values: a cache to continue; it stays as it is, the output holds the new one.
+            segment_ids: [B, T], several documents in a row: tokens see those of the same run of ids, and positions
+                count from its beginning.
 
         Raises:
             InputError: lists every argument that is out of range or of the wrong shape.
@@ -67,6 +70,7 @@ class TFOPTModel(TFOPTPreTrainedModel):
             output_hidden_states,
             training,
             unknown,
+            segment_ids=segment_ids,
         )
 
 
@@ -107,12 +111,14 @@ class TFOPTForCausalLM(GenerationMixin, TFOPTPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int = 0,
+        segment_ids=None,
         training: bool | None = None,
         **unknown,
     ) -> CausalLMOutput:
         """Logits [B, T, V], or of the last `logits_to_keep` tokens; the loss where `labels` [B, T] are given.
 
-        Token t predicts label t + 1; labels of -100 and predictions made at padding are not counted.
+        Token t predicts label t + 1; labels of -100 are not counted, nor predictions made at padding or, with
+        `segment_ids` [B, T] (`OPTModel`), of another document.
         """
         out = self.decode(
             input_ids,
@@ -126,6 +132,7 @@ class TFOPTForCausalLM(GenerationMixin, TFOPTPreTrainedModel):
             training,
             unknown,
             logits_to_keep,
+            segment_ids,
         )
         hidden_BTE = out.last_hidden_state
         labels = as_index(labels)
@@ -137,7 +144,7 @@ class TFOPTForCausalLM(GenerationMixin, TFOPTPreTrainedModel):
         loss = None
         if labels is not None:
             mask_BT = self.current_mask(attention_mask, dims(hidden_BTE)[1])
-            loss = losses.causal_lm_loss(logits_BTV, labels, mask_BT)
+            loss = losses.causal_lm_loss(logits_BTV, labels, mask_BT, as_index(segment_ids))
             logits_BTV = logits_BTV[:, -logits_to_keep:]
         return CausalLMOutput(loss, logits_BTV, out.past_key_values, out.hidden_states, out.attentions)
 

@@ -56,6 +56,17 @@ def unpack_attentions(weights_BNTS: Tensor, packing: Packing | None, *, keys_too
     return tf.where(packing.real_BT[:, None, :, None], weights_BNTS, tf.zeros([], weights_BNTS.dtype))
 
 
+def first_columns(segment_ids: Tensor, packing: Packing | None) -> Tensor:
+    """The packed column [B, T] at which the document of each token begins; a document is a run of one id."""
+    if packing is not None:
+        segment_ids = tf.gather(segment_ids, packing.order_BT, axis=1, batch_dims=1)
+    begins_BT = tf.pad(segment_ids[:, 1:] != segment_ids[:, :-1], [[0, 0], [1, 0]], constant_values=True)
+    T = dims(segment_ids)[1]
+    beginnings_BT = tf.sort(tf.where(begins_BT, tf.range(T), T), axis=1)  # of document 0, 1, ..., then T
+    documents_BT = tf.cumsum(tf.cast(begins_BT, tf.int32), axis=1) - 1
+    return tf.gather(beginnings_BT, documents_BT, axis=1, batch_dims=1)
+
+
 def pool_last_token(hidden_BTE: Tensor, mask_BT: Tensor | None) -> Tensor:
     """The hidden state [B, E] of the last real token of each row; zero for a row without one."""
     if mask_BT is None:

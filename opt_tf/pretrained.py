@@ -140,6 +140,8 @@ class TFOPTPreTrainedModel(LoadingMixin, keras.Model):
         inputs_embeds=None,
         past_key_values: Cache | None = None,
         logits_to_keep: int = 0,
+        segment_ids=None,
+        use_cache: bool | None = None,
     ) -> None:
         """Raises one InputError with everything wrong; to call before a compiled function, which sees no values.
 
@@ -154,6 +156,8 @@ class TFOPTPreTrainedModel(LoadingMixin, keras.Model):
             inputs_embeds=known(as_tensor(inputs_embeds), values=False),
             cache=known_cache(past_key_values),
             logits_to_keep=logits_to_keep,
+            segment_ids=known(as_index(segment_ids)),
+            use_cache=use_cache,
         )
 
     def decode(
@@ -169,11 +173,13 @@ class TFOPTPreTrainedModel(LoadingMixin, keras.Model):
         training: bool | None,
         unknown: Iterable[str],
         logits_to_keep: int = 0,
+        segment_ids=None,
     ) -> BaseModelOutput:
         """Takes defaults from the config, checks everything, and runs the decoder."""
         config = self.config
         check_keywords(unknown, arguments_of(self.call))
-        self.check_inputs(input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, logits_to_keep)
+        given = (input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, logits_to_keep)
+        self.check_inputs(*given, segment_ids, use_cache)
         attention_mask = as_tensor(attention_mask)
         if attention_mask is not None and tf.executing_eagerly() and tf.reduce_all(tf.cast(attention_mask, tf.bool)):
             attention_mask = None  # nothing to pack, and no mask where none is needed
@@ -183,9 +189,10 @@ class TFOPTPreTrainedModel(LoadingMixin, keras.Model):
             as_index(position_ids),
             as_tensor(inputs_embeds, self.compute_dtype),
             past_key_values,
-            config.use_cache and not training if use_cache is None else use_cache,
+            config.use_cache and not training and segment_ids is None if use_cache is None else use_cache,
             config.output_attentions if output_attentions is None else output_attentions,
             config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+            as_index(segment_ids),
             bool(training),
         )
 
