@@ -139,7 +139,8 @@ def _neutral(name: str) -> str:
     return name.removeprefix("TF").removeprefix("Flax")
 
 
-# The name by which a framework calls a module, and what only one framework needs.
+# The name by which a framework calls a module, and what only one framework needs: in PyTorch, what a compiler would
+# find to be the same in all layers.
 SAME_METHOD = {"call": "forward", "__call__": "forward"}
 FRAMEWORK_ONLY = {
     "opt_torch": {
