@@ -148,6 +148,8 @@ FRAMEWORK_ONLY = {
         "check_implementation",
         "Linear.reset_parameters",
         "Embedding.reset_parameters",
+        "Slots",
+        "slots_behind",
     },
     "opt_tf": set(),
     "opt_flax": set(),
