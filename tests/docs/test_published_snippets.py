@@ -5,6 +5,7 @@ TensorFlow and Flax classes, those of the last version that had them. `ported` m
 """
 # ruff: noqa: E501  # the snippets keep their lines
 
+import importlib
 import re
 from pathlib import Path
 
@@ -185,14 +186,13 @@ def test_the_chat_with_the_statue_of_liberty_runs(needs, checkpoint):
     assert names["text"].startswith("</s>" + names["prompt"])
 
 
-def test_an_attention_kernel_that_this_version_lacks_is_refused_by_name(needs, checkpoint):
-    """`flash_attention_2` needs a GPU and a package of its own; SDPA uses such kernels where it finds them."""
+def test_an_attention_kernel_that_this_machine_lacks_is_refused_by_name(needs, checkpoint):
+    """`flash_attention_2` needs a GPU; SDPA uses such kernels where it finds them."""
     needs("torch")
-    with pytest.raises(
-        InputError, match="attn_implementation: expected one of eager, sdpa, got 'flash_attention_2'"
-    ) as caught:
+    if importlib.import_module("torch").cuda.is_available():
+        pytest.skip("it may run here")
+    with pytest.raises(InputError, match="attn_implementation: flash_attention_2 expects"):
         run(CHAT.format("flash_attention_2"), checkpoint)
-    assert len(caught.value.problems) == 1
 
 
 def test_single_label_classification_runs_and_trains(needs, checkpoint):
