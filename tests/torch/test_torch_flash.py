@@ -1,0 +1,286 @@
+"""FlashAttention, FlexAttention and the runs of tokens they take, with doubles for kernels that need a GPU."""
+
+import functools
+import types
+
+import numpy as np
+import pytest
+import torch
+from attention_truth import Attended, attention_inputs, attention_truth, error_bound, worst_share
+from harness import ROUNDOFF, config_of, load_backend, mask_named, token_ids, worst_row
+from test_torch_attention import attended, documents, tensors
+
+from opt_core.errors import InputError
+from opt_torch import flash, flex
+from opt_torch.attention import cached_attention, causal_attention, eager_attention
+from opt_torch.cache import slots_behind
+from opt_torch.segments import make_segments, one_by_one
+
+B, N, T, H = 2, 3, 13, 16
+LENGTHS_B = torch.tensor([13, 5])
+PACKAGES = [
+    ("flash_attention_2", "flash_attn"),
+    ("flash_attention_3", "flash_attn_interface"),
+    ("flash_attention_2", None),
+]
+
+
+def of_runs(q_RNH, k_RNH, v_RNH, starts, longest):
+    assert starts.dtype == torch.int32
+    assert longest == starts.diff().max()
+    return one_by_one(0.0, q_RNH, k_RNH, v_RNH, starts, longest)
+
+
+def fake_package(name: str) -> types.ModuleType:
+    """The calls of flash_attn 2.8 and of flash_attn_interface (FlashAttention 3), with their own signatures."""
+
+    def dense(q, k, v, softmax_scale, causal):
+        assert causal
+        assert softmax_scale == 1.0
+        return eager_attention(*(x.transpose(1, 2) for x in (q, k, v)), None)[0].transpose(1, 2)
+
+    def runs(q, k, v, starts_q, starts_k, longest_q, longest_k, softmax_scale, causal):
+        assert causal
+        assert softmax_scale == 1.0
+        assert starts_k is starts_q
+        assert longest_k == longest_q
+        return of_runs(q, k, v, starts_q, longest_q)
+
+    def cached(q, k_cache, v_cache, filled_B, softmax_scale, causal):
+        assert causal
+        assert softmax_scale == 1.0
+        assert filled_B.dtype == torch.int32
+        assert k_cache.stride(-1) == v_cache.stride(-1) == 1
+        qkv = (x.transpose(1, 2) for x in (q, k_cache, v_cache))
+        return eager_attention(*qkv, filled_B.long() - q.shape[1])[0].transpose(1, 2)
+
+    package = types.ModuleType(name)
+    if name == "flash_attn":
+
+        def flash_attn_func(
+            q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
+            alibi_slopes=None, deterministic=False, return_attn_probs=False,
+        ):  # fmt: skip
+            return dense(q, k, v, softmax_scale, causal)
+
+        def flash_attn_varlen_func(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+            causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
+            return_attn_probs=False, block_table=None,
+        ):  # fmt: skip
+            return runs(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal)
+
+        def flash_attn_with_kvcache(
+            q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,
+            cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=False,
+            window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0,
+            return_softmax_lse=False,
+        ):  # fmt: skip
+            return cached(q, k_cache, v_cache, cache_seqlens, softmax_scale, causal)
+
+    else:
+
+        def flash_attn_func(
+            q, k, v, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None,
+            window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
+            sm_margin=0, return_attn_probs=False,
+        ):  # fmt: skip
+            return dense(q, k, v, softmax_scale, causal), "sums, which early releases return as well"
+
+        def flash_attn_varlen_func(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None,
+            softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None,
+            window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
+            sm_margin=0, return_attn_probs=False,
+        ):  # fmt: skip
+            return runs(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal)
+
+        def flash_attn_with_kvcache(
+            q, k_cache, v_cache, k=None, v=None, qv=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,
+            cache_batch_idx=None, cache_leftpad=None, page_table=None, cu_seqlens_q=None, cu_seqlens_k_new=None,
+            max_seqlen_q=None, rotary_seqlens=None, q_descale=None, k_descale=None, v_descale=None,
+            softmax_scale=None, causal=False, window_size=(-1, -1), attention_chunk=0, softcap=0.0,
+            rotary_interleaved=True, scheduler_metadata=None, num_splits=0, pack_gqa=None, sm_margin=0,
+            return_softmax_lse=False,
+        ):  # fmt: skip
+            return cached(q, k_cache, v_cache, cache_seqlens, softmax_scale, causal)
+
+    for function in (flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache):
+        setattr(package, function.__name__, function)
+    return package
+
+
+@pytest.fixture(params=PACKAGES, ids=lambda names: f"{names[0]} of {names[1] or 'PyTorch'}")
+def name(request, monkeypatch):
+    """An implementation as if a CPU had its kernels."""
+    implementation, package = request.param
+    monkeypatch.setattr(flash, "DEVICE", "cpu")
+    if package is not None:
+        monkeypatch.setitem(flash.sys.modules, package, fake_package(package))
+    monkeypatch.setattr(flash, "runs_inside_pytorch", lambda: of_runs)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    return implementation
+
+
+def is_within_the_bound(got: Attended, inputs, dtype, first_BT=None) -> bool:
+    truth = attention_truth(*inputs[:3], first_BT, d_out=inputs[3])
+    shares = worst_share(got, truth, error_bound(*inputs[:3], dtype, first_BT, d_out=inputs[3]))
+    return max(shares["out"], shares["d_q"]) <= 1  # the doubles sum other gradients in half precision
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "documents"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_tokens_attend_among_themselves_or_within_documents(name, packed, dtype):
+    inputs, first_BT = attention_inputs(dtype, B, N, T, H), documents(T) if packed else None
+    first = None if first_BT is None else torch.as_tensor(first_BT)
+    got = attended(lambda *qkv: causal_attention(*qkv, 0.0, first, name), "cpu", dtype, inputs)
+    assert is_within_the_bound(got, inputs, dtype, first_BT)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "documents"])
+def test_padding_is_computed_by_no_kernel_and_gives_zero(name, packed):
+    inputs = attention_inputs("bfloat16", B, N, T, H)
+    first_BT = torch.as_tensor(documents(T)) if packed else None
+    segments = make_segments(B, T, first_BT, LENGTHS_B, "cpu")
+    assert len(segments.index_R) == LENGTHS_B.sum()
+    q, k, v = tensors("cpu", "bfloat16", *inputs[:3])
+    for x in (q, k, v):
+        x[1, :, 5:] = torch.nan
+    out = causal_attention(q, k, v, 0.0, first_BT, name, segments)
+    want = attention_truth(*inputs[:3], None if first_BT is None else first_BT.numpy()).out
+    assert (out[1, :, 5:] == 0).all()
+    np.testing.assert_allclose(out[0].double(), want[0], atol=0.03)
+    np.testing.assert_allclose(out[1, :, :5].double(), want[1, :, :5], atol=0.03)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_tokens_attend_to_a_cache(name, tokens):
+    lengths_B, S = np.array([0, 7]), 31
+    q, k, v, _ = attention_inputs("bfloat16", B, N, tokens, H, S)
+    out = cached_attention(
+        *tensors("cpu", "bfloat16", q, k, v), slots_behind(torch.as_tensor(lengths_B), tokens), 0.0, name
+    )
+    truth, bound = (attention_truth(q, k, v, None, lengths_B), error_bound(q, k, v, "bfloat16", lengths_B=lengths_B))
+    assert worst_share(Attended(out.double().numpy()), truth, bound)["out"] <= 1
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "holes", "an empty row"])
+def test_a_model_gives_the_logits_of_eager_attention(name, padding):
+    torch_backend, config = load_backend("torch"), config_of(hidden_size=5 * 8)
+    ids, mask = token_ids(config), mask_named(padding)
+    model = torch_backend.random_model(config, dtype="bfloat16", attn_implementation=name)
+    got = torch_backend.numpy(model(ids, attention_mask=mask).logits)
+    if padding == "left":  # with a cache
+        assert model.generate(ids, attention_mask=mask, max_new_tokens=2).shape == (len(ids), ids.shape[1] + 2)
+    model.set_attn_implementation("eager")
+    want = torch_backend.numpy(model(ids, attention_mask=mask).logits)
+    assert worst_row(got, want) <= 16 * ROUNDOFF["bfloat16"]
+
+
+def test_a_batch_of_padding_alone_reaches_no_kernel(name):
+    segments = make_segments(B, T, None, torch.zeros(B, dtype=torch.int64), "cpu")
+    qkv = tensors("cpu", "bfloat16", *attention_inputs("bfloat16", B, N, T, H)[:3])
+    assert (causal_attention(*qkv, 0.0, None, name, segments) == 0).all()
+
+
+def test_segments_drawn():
+    """Documents a, b, ... of real tokens, padding as a dot: aaab / cd.. begin at 0, 3, 4 and 5."""
+    first_BT = torch.tensor([[0, 0, 0, 3], [0, 1, 1, 1]])
+    segments = make_segments(2, 4, first_BT, torch.tensor([4, 2]), "cpu")
+    assert segments.index_R.tolist() == [0, 1, 2, 3, 4, 5]
+    assert segments.starts.tolist() == [0, 3, 4, 5, 6]
+    assert segments.longest == 3
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_dtype_and_device_are_refused_at_once():
+    qkv = tensors("cpu", "float32", *attention_inputs("float32", B, N, T, H)[:3])
+    with pytest.raises(InputError) as caught:
+        causal_attention(*qkv, 0.0, None, "flash_attention_2")
+    assert caught.value.problems == (
+        "attn_implementation: flash_attention_2 expects float16 or bfloat16, got float32",
+        "attn_implementation: flash_attention_2 expects a cuda device, got cpu",
+    )
+    with pytest.raises(InputError, match="expects a cuda device, got cpu"):
+        cached_attention(*qkv, slots_behind(torch.tensor([1, 2]), T), 0.0, "flash_attention_2")
+
+
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "flash_attention_3"])
+def test_a_package_that_is_missing_and_a_head_size_are_refused_when_the_model_is_made(monkeypatch, implementation):
+    monkeypatch.setattr(flash, "package", lambda name: None)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
+    model_class = load_backend("torch").model_class()
+    with pytest.raises(InputError) as caught:
+        model_class(config_of(), attn_implementation=implementation)
+    missing, head_size = caught.value.problems
+    assert f"{implementation} expects the package {flash.PACKAGES[implementation]}" in missing
+    assert head_size.endswith("expects a head size that is a multiple of 8 up to 256, got 7")
+    with pytest.raises(InputError, match="expects the package"):
+        model_class(config_of()).set_attn_implementation(implementation)
+
+
+def test_an_unknown_name_is_refused_with_the_list():
+    with pytest.raises(
+        InputError, match="expected one of eager, sdpa, flash_attention_2, flash_attention_3, flex_atte"
+    ):
+        load_backend("torch").model_class()(config_of(), attn_implementation="flash")
+
+
+def test_dropout_in_training_is_refused_where_the_kernel_has_none(monkeypatch):
+    monkeypatch.setattr(flash, "DEVICE", "cpu")
+    qkv = tensors("cpu", "float16", *attention_inputs("float16", B, N, T, H)[:3])
+    segments = make_segments(B, T, None, LENGTHS_B, "cpu")
+    monkeypatch.setattr(flash, "package", lambda name: None)
+    with pytest.raises(InputError, match=r"expects attention_dropout 0 in training here, got 0\.1"):
+        causal_attention(*qkv, 0.1, None, "flash_attention_2", segments)
+    with pytest.raises(InputError, match=r"flex_attention expects attention_dropout 0 in training, got 0\.1"):
+        causal_attention(*qkv, 0.1, None, "flex_attention")
+
+
+def test_a_padded_batch_is_refused_before_pytorch_2_11(monkeypatch):
+    monkeypatch.setattr(flash, "DEVICE", "cpu")
+    monkeypatch.setattr(flash, "runs_inside_pytorch", lambda: None)
+    monkeypatch.setattr(flash, "package", lambda name: None)
+    qkv = tensors("cpu", "float16", *attention_inputs("float16", B, N, T, H)[:3])
+    with pytest.raises(InputError, match=r"expects PyTorch 2.11 for a padded batch"):
+        causal_attention(*qkv, 0.0, None, "flash_attention_2", make_segments(B, T, None, LENGTHS_B, "cpu"))
+
+
+def test_this_pytorch_has_a_kernel_for_runs_as_it_is_called():
+    """The signature of 2.11 and later; the kernel itself is for CUDA alone."""
+    kernel = flash.runs_inside_pytorch()
+    assert kernel is not None
+    q, k, v = (torch.zeros(5, N, H, dtype=torch.float16, device="meta") for _ in range(3))
+    starts = torch.zeros(3, dtype=torch.int32, device="meta")
+    assert kernel(q, k, v, starts, 3).shape == q.shape
+
+
+# -- FlexAttention ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "documents"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_flex_attention_is_within_the_bound(monkeypatch, packed, dtype):
+    """Not compiled here: the same mask, step by step."""
+    monkeypatch.setattr(flex, "_compiled", lambda: functools.partial(flex.flex_attention))
+    inputs, first_BT = attention_inputs(dtype, B, N, T, H), documents(T) if packed else None
+    first = None if first_BT is None else torch.as_tensor(first_BT)
+    out = causal_attention(*tensors("cpu", dtype, *inputs[:3]), 0.0, first, "flex_attention")
+    truth, bound = attention_truth(*inputs[:3], first_BT), error_bound(*inputs[:3], dtype, first_BT)
+    assert worst_share(Attended(out.double().numpy()), truth, bound)["out"] <= 1
+
+
+@pytest.mark.slow
+def test_compiled_flex_attention_is_within_the_bound():
+    inputs, first_BT = attention_inputs("float32", B, N, 128, H), documents(128)
+    out = causal_attention(*tensors("cpu", "float32", *inputs[:3]), 0.0, torch.as_tensor(first_BT), "flex_attention")
+    truth, bound = attention_truth(*inputs[:3], first_BT), error_bound(*inputs[:3], "float32", first_BT)
+    assert worst_share(Attended(out.double().numpy()), truth, bound)["out"] <= 1
+
+
+def test_flex_attention_refuses_a_gradient_on_a_cpu():
+    qkv = (x.requires_grad_() for x in tensors("cpu", "float32", *attention_inputs("float32", B, N, T, H)[:3]))
+    with pytest.raises(InputError, match="flex_attention expects no gradient on a CPU"):
+        causal_attention(*qkv, 0.0, None, "flex_attention")
