@@ -15,7 +15,7 @@ from opt_core.errors import ProblemsError
 logger = logging.getLogger(__name__)
 
 PADDINGS = ("none", "left", "right", "holes")
-TOKENS = 263  # real tokens of the longest row: more than the 256 that blockwise attention takes at a time
+TOKENS = 263  # real tokens of the longest row: more than a block of TensorFlow; Flax takes up to 512 as one
 SHORT_LENGTHS = (31, 13, 1)  # of the other rows
 PADDING_COLUMNS = 6  # of the longest row
 
