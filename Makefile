@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BACKENDS ?= torch,tf,flax
 WORKERS ?= 2
+MINUTES ?= 10
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow gpu lint clean
 
 # Converts the embedded checkpoint, proves that the three frameworks agree on it, and generates with each.
 demo: $(INSTALLED)
@@ -21,6 +22,10 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest --backends $(BACKENDS) -m "slow and not hub and not gpu"
+
+# With the frameworks that PYTHON has: installs nothing. Results go to benchmarks/results/gpu-DATE.
+gpu:
+	$(PYTHON) benchmarks/gpu_suite.py --minutes $(MINUTES)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

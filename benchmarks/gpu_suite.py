@@ -1,0 +1,278 @@
+"""Every `gpu` test and every GPU benchmark, within a number of minutes, with whatever frameworks a Python has.
+
+    python benchmarks/gpu_suite.py --minutes 10 --python PYTHON --output benchmarks/results/gpu-DATE
+
+Tests first, each backend in a process of its own, TF32 off; then the benchmarks, each with its share of the time that
+is left. Nothing is installed or downloaded. A backend that is not installed is not run, which is not passed. At the end
+of the minutes what is running is stopped, and says so. The folder gets results.json, results.md, and what each part
+wrote. Exit code 1 where a part failed, 2 where there is no GPU (`--device cpu --quick` tries the path without one).
+"""
+
+import argparse
+import datetime
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from opt_zoo.environment import commit, gpu_model, has_gpu, processor_model  # noqa: E402
+
+SCHEMA = "opt-zoo/gpu-suite/1"
+FRAMEWORKS = {"torch": ("torch",), "tf": ("tensorflow", "keras"), "flax": ("jax", "flax")}
+PACKAGES = ("torch", "tensorflow", "keras", "jax", "jaxlib", "flax", "transformers", "triton", "numpy")
+ON_GPU = {"JAX_PLATFORMS": "cuda,cpu", "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_FORCE_GPU_ALLOW_GROWTH": "true"}
+ON_CPU = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "-1"}
+WITHOUT_TF32 = {"NVIDIA_TF32_OVERRIDE": "0", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+MARGIN_SECONDS = 8  # between the end of a benchmark's budget and that of its process
+LEAST_SECONDS = 5  # below it a part is not begun
+
+
+class Part(NamedTuple):
+    """One process of the suite."""
+
+    name: str
+    command: list[str]
+    share: float  # of the time that is left when the part before it has ended
+    environment: dict[str, str]
+    kind: str  # "tests" or "benchmark"
+    lacks: str = ""  # what is not installed
+
+
+def main() -> int:
+    options = parse_options()
+    if options.device == "cuda" and not has_gpu():
+        print("no NVIDIA GPU that this process may use: nothing was run (--device cpu --quick tries the path)")
+        return 2
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * options.minutes
+    versions = versions_of(options.python)
+    document: dict[str, Any] = {"schema": SCHEMA, **conditions(options, versions), "parts": []}
+    for part in make_parts(options, versions, folder):
+        result = run_part(part, folder, deadline)
+        document["parts"].append(result)
+        print(f"{part.name}: {result['status']} {result['reason']}", file=sys.stderr, flush=True)
+        write(document, folder)
+    print(to_markdown(document, folder))
+    print(json.dumps({**document, "parts": [short(part) for part in document["parts"]]}, allow_nan=False))
+    return 1 if any(part["status"] == "failed" for part in document["parts"]) else 0
+
+
+def parse_options() -> argparse.Namespace:
+    today = datetime.datetime.now(datetime.UTC).date()
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--output", default=str(ROOT / f"benchmarks/results/gpu-{today}"), help="a folder")
+    parser.add_argument("--minutes", type=float, default=10, help="for all of it")
+    parser.add_argument("--python", default=sys.executable, help="one that has the frameworks, pytest and NumPy")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes and few tests, to try the path")
+    return parser.parse_args()
+
+
+def conditions(options: argparse.Namespace, versions: dict[str, str]) -> dict[str, Any]:
+    return {
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": options.device,
+        "gpu": gpu_model() if options.device == "cuda" else None,
+        "processor": processor_model(),
+        "versions": versions,
+        "minutes": options.minutes,
+        "quick": options.quick,
+    }
+
+
+def versions_of(python: str) -> dict[str, str]:
+    """Of the packages that a Python has; imports none of them."""
+    code = (
+        "import json, platform, importlib.metadata as m\n"
+        f"found = {{d.metadata['Name'].lower(): d.version for d in m.distributions() if d.metadata['Name']}}\n"
+        f"print(json.dumps({{'python': platform.python_version(), "
+        f"**{{n: found[n] for n in {PACKAGES!r} if n in found}}}}))"
+    )
+    return json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+# -- what there is to run ---------------------------------------------------------------------------------------------
+
+
+def make_parts(options: argparse.Namespace, versions: dict[str, str], folder: Path) -> Iterable[Part]:
+    lacks = {
+        backend: " and ".join(name for name in names if name not in versions) for backend, names in FRAMEWORKS.items()
+    }
+    lacks = {backend: f"{missing} not installed" if missing else "" for backend, missing in lacks.items()}
+    where = ON_GPU if options.device == "cuda" else ON_CPU
+    yield from parts_of_tests(options, lacks, where, folder)
+    yield from benchmark_parts(options, where, folder)
+
+
+def parts_of_tests(options, lacks: dict[str, str], where: dict[str, str], folder: Path) -> Iterable[Part]:
+    """A part for each backend, with those of its tests that have the marker, and one for tests of no backend."""
+    files = gpu_test_files() if not options.quick else {backend: [quick_test(backend)] for backend in FRAMEWORKS}
+    for group, paths in files.items():
+        command = [options.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths]
+        command += ["--backends", group] if group in FRAMEWORKS else []
+        command += ["-m", "gpu" if options.device == "cuda" else "not gpu and not slow and not hub"]
+        command += [f"--junitxml={folder / f'tests-{group}.xml'}"]
+        yield Part(f"tests {group}", command, 0.5, {**where, **WITHOUT_TF32}, "tests", lacks.get(group, ""))
+
+
+def gpu_test_files() -> dict[str, list[str]]:
+    """Files with the marker, by the backend whose folder they are in; "all" for the others."""
+    files: dict[str, list[str]] = {backend: [] for backend in FRAMEWORKS}
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        if path.parent != ROOT / "tests/benchmarks" and "mark.gpu" in path.read_text(encoding="utf-8"):
+            group = path.relative_to(ROOT / "tests").parts[0]
+            files.setdefault(group if group in FRAMEWORKS else "all", []).append(str(path))
+    return files
+
+
+def quick_test(backend: str) -> str:
+    return str(ROOT / "tests" / backend / f"test_{backend}_attention.py")
+
+
+def benchmark_parts(options, where: dict[str, str], folder: Path) -> Iterable[Part]:
+    for name, share, arguments in quick_benchmarks() if options.quick else gpu_benchmarks():
+        command = [options.python, str(ROOT / "benchmarks/attention.py"), "--device", options.device, *arguments]
+        command += [f"--{what}={folder / f'{name}.{end}'}" for what, end in OUTPUTS]
+        yield Part(name, command, share, where, "benchmark")
+
+
+OUTPUTS = (("output", "json"), ("markdown", "md"), ("plot", "png"))
+
+
+def gpu_benchmarks() -> list[tuple[str, float, list[str]]]:
+    few = ["--batches", "1,8", "--lengths", "512,2048", "--seconds", "4"]
+    return [
+        ("training-1.3b", 0.4, ["--parts", "training", "--size", "opt-1.3b", "--dtypes", "bfloat16", *few]),
+        ("attention", 0.4, ["--parts", "attention", "--size", "opt-1.3b", "--dtypes", "bfloat16,float32", *few]),
+        ("training-125m", 0.5, ["--parts", "training", "--dtypes", "bfloat16,float32", "--seconds", "3"]),
+        ("inference-125m", 1.0, ["--parts", "inference", "--dtypes", "bfloat16", "--lengths", "128,1024"]),
+    ]
+
+
+def quick_benchmarks() -> list[tuple[str, float, list[str]]]:
+    tiny = ["--size", "opt-tiny", "--batches", "1", "--lengths", "32", "--runs", "1", "--contestants", "torch"]
+    return [(name, 0.6, ["--parts", name, *tiny, "--new-tokens", "5"]) for name in ("attention", "training")]
+
+
+# -- running ----------------------------------------------------------------------------------------------------------
+
+
+def run_part(part: Part, folder: Path, deadline: float) -> dict[str, Any]:
+    """A row of the result; `status` is "passed" (of tests), "ok", "not run" or "failed"."""
+    left = deadline - time.monotonic()
+    if part.lacks:
+        return row(part, "not run", part.lacks)
+    if left < LEAST_SECONDS:
+        return row(part, "not run", "no time was left")
+    limit = max(LEAST_SECONDS, part.share * left)
+    command = list(part.command)
+    if part.kind == "benchmark":
+        command.append(f"--budget={max(1.0, limit - MARGIN_SECONDS):.0f}")
+    start = time.monotonic()
+    code = run_process(command, part.environment, folder / f"{part.name.replace(' ', '-')}.log", limit)
+    seconds = round(time.monotonic() - start, 1)
+    judged = judge_tests(part, folder, code) if part.kind == "tests" else judge_benchmark(part, folder, code)
+    return {**judged, "seconds": seconds, "limit_seconds": round(limit, 1), "command": " ".join(command)}
+
+
+def run_process(command: list[str], environment: dict[str, str], log: Path, limit: float) -> int | None:
+    """The exit code; None where it was stopped, with all that it had started, at the end of its time."""
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, **environment, "PYTHONPATH": paths, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            return process.wait(limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return None
+
+
+def row(part: Part, status: str, reason: str = "", **more: Any) -> dict[str, Any]:
+    return {"name": part.name, "kind": part.kind, "status": status, "reason": reason, **more}
+
+
+def judge_tests(part: Part, folder: Path, code: int | None) -> dict[str, Any]:
+    """By pytest's exit code and its counts; where every test was skipped, none has passed."""
+    if code is None:
+        return row(part, "failed", "stopped at the end of its time, before its counts were written")
+    file = folder / f"{part.name.replace(' ', '-')}.xml"
+    if not file.exists():
+        return row(part, "failed", f"pytest ended with {code}: {last_line(folder, part)}")
+    suite = next(ElementTree.parse(file).iter("testsuite"))
+    counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
+    counts["passed"] = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
+    names = [
+        f"{case.get('classname')}::{case.get('name')}"
+        for case in suite.iter("testcase")
+        if case.find("failure") is not None or case.find("error") is not None
+    ]
+    if code == 0 and counts["passed"]:
+        return row(part, "passed", counts=counts, failed=names)
+    reason = f"pytest ended with {code}" if code else "every test was skipped"
+    return row(part, "failed" if code else "not run", reason, counts=counts, failed=names)
+
+
+def judge_benchmark(part: Part, folder: Path, code: int | None) -> dict[str, Any]:
+    """With the document as far as it was written: a benchmark that was stopped keeps its cells."""
+    file = folder / f"{part.name}.json"
+    document = json.loads(file.read_text()) if file.exists() else None
+    if code == 0 and document:
+        return row(part, "ok", document=document)
+    if code is None:
+        return row(part, "failed", "stopped at the end of its time", document=document)
+    return row(part, "failed", f"ended with {code}: {last_line(folder, part)}", document=document)
+
+
+def last_line(folder: Path, part: Part) -> str:
+    lines = (folder / f"{part.name.replace(' ', '-')}.log").read_text(errors="replace").strip().splitlines()
+    return lines[-1][:300] if lines else "it wrote nothing"
+
+
+# -- report -----------------------------------------------------------------------------------------------------------
+
+
+def write(document: dict[str, Any], folder: Path) -> None:
+    (folder / "results.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    (folder / "results.md").write_text(to_markdown(document, folder) + "\n")
+
+
+def to_markdown(document: dict[str, Any], folder: Path) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    where = document["gpu"] or f"no GPU: {document['processor']}"
+    lines = [f"{where}; {versions}; commit {document['commit']}, {document['date']}", ""]
+    lines += ["| part | status | passed | failed | skipped | seconds | |", "|---|---|---|---|---|---|---|"]
+    for part in document["parts"]:
+        counts = part.get("counts", {})
+        failed = counts["failures"] + counts["errors"] if counts else ""
+        numbers = [counts.get("passed", ""), failed, counts.get("skipped", ""), part.get("seconds", "")]
+        lines.append("| " + " | ".join(map(str, [part["name"], part["status"], *numbers, part["reason"]])) + " |")
+    for part in document["parts"]:
+        lines += [f"\n- {name}" for name in part.get("failed", [])[:20]]
+        tables = folder / f"{part['name']}.md"
+        if part["kind"] == "benchmark" and tables.exists():
+            lines += ["", f"## {part['name']}", "", tables.read_text()]
+    return "\n".join(lines)
+
+
+def short(part: dict[str, Any]) -> dict[str, Any]:
+    """Without the cells, for the last line of stdout."""
+    return {key: value for key, value in part.items() if key != "document"}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
