@@ -1,0 +1,112 @@
+"""Eager against fused attention, the benchmark: no cell is left out in silence, tables say what was measured."""
+
+import argparse
+import json
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import attention
+from benchmarks.attention import Cell, estimate, make_cells, refusal, run_cell
+from benchmarks.attention_report import to_markdown
+from benchmarks.attention_worker import in_turn
+from opt_core import OPTConfig
+from opt_zoo.bench.turns import WorkerError
+
+CONFIG = OPTConfig.preset("opt-125m")
+CEILINGS = {"bytes_per_second": 2e10, "flops_per_second": 2e11}
+CELL = Cell("training", "torch", "float32", 8, 2048)
+
+
+def options(**changes) -> argparse.Namespace:
+    usual = dict(
+        parts=["training"], contestants=["torch", "transformers"], dtypes=["float32"], batches=[1, 2],
+        lengths=[128, 256], runs=3, seconds=5.0, max_seconds=1e6, max_memory=1e6, new_tokens=7, device="cpu",
+    )  # fmt: skip
+    return argparse.Namespace(**{**usual, **changes})
+
+
+def document(*rows) -> dict:
+    return {
+        "size": "opt-125m", "heads": 12, "head_size": 64, "fused": "sdpa", "device": "cpu", "gpu": None, "peers": {},
+        "available_processors": 2, "processor": "p", "versions": {"torch": "2"}, "commit": "c", "date": "d",
+        "command": "python benchmarks/attention.py", "results": list(rows),
+    }  # fmt: skip
+
+
+def row(status: str = "ok", reason: str = "", **results) -> dict:
+    return {**CELL._asdict(), "status": status, "reason": reason, "results": results}
+
+
+@pytest.mark.parametrize(
+    ("changes", "left", "why"),
+    [
+        ({"max_memory": 1.0}, 1e9, "1.0 GB allowed"),
+        ({"max_seconds": 60}, 1e9, "60 s allowed"),
+        ({}, 60.0, "60 s were left"),
+    ],
+)
+def test_a_cell_that_is_too_large_says_what_it_would_need(changes, left, why):
+    result = run_cell(CELL, options(**changes), CONFIG, CEILINGS, left, "")
+    need = estimate(CELL, options(), CONFIG, CEILINGS)
+    assert result["status"] == "not run"
+    assert result["reason"] == f"would need about {need.nbytes / 1e9:.1f} GB and {need.seconds:.0f} s; {why}"
+    assert result["reason"] in to_markdown(document(result))
+
+
+def test_a_backend_that_is_not_installed_is_not_run(monkeypatch):
+    monkeypatch.setattr(attention, "installed_backends", lambda: ("flax",))
+    assert run_cell(CELL, options(), CONFIG, CEILINGS, 1e9, "")["reason"] == "torch is not installed"
+
+
+def test_a_prompt_leaves_room_for_the_new_tokens():
+    cell = CELL._replace(part="inference")
+    assert "2055 tokens" in refusal(cell, estimate(cell, options(), CONFIG, CEILINGS), options(), CONFIG, 1e9)
+
+
+def test_a_process_that_fails_is_a_failed_cell(monkeypatch):
+    def fail(*arguments):
+        raise WorkerError("ended with 1: MemoryError")
+
+    monkeypatch.setattr(attention, "run_process", fail)
+    result = run_cell(CELL, options(), CONFIG, CEILINGS, 1e9, "")
+    assert (result["status"], attention.failures(result)) == ("failed", ["ended with 1: MemoryError"])
+
+
+def test_every_case_has_all_contestants_before_the_next_begins():
+    cells = list(make_cells(options(), CONFIG))
+    assert len(cells) == 8
+    assert [cell.contestant for cell in cells] == ["torch", "transformers"] * 4
+    assert [(cell.batch, cell.length) for cell in cells[::2]] == [(1, 128), (1, 256), (2, 128), (2, 256)]
+
+
+def test_speed_up_and_saving_are_those_of_the_published_page():
+    eager, fused = ({"step_seconds": s, "step_bytes": b} for s, b in ((3.0, 8_000_000), (2.0, 6_000_000)))
+    text = to_markdown(document(row(eager=eager, sdpa=fused)))
+    assert "| 8 | 2048 | 3.000 | 2.000 | 50 | 8 | 6 | 25 |" in text
+
+
+def test_an_implementation_that_failed_fails_its_cell_and_is_in_the_table():
+    result = row(eager={"failed": "OutOfMemoryError: 7 GiB"}, sdpa={"step_seconds": 2.0, "step_bytes": 6_000_000})
+    assert attention.failures(result) == ["eager: OutOfMemoryError: 7 GiB"]
+    assert "OutOfMemoryError: 7 GiB" in to_markdown(document(result))
+
+
+def test_calls_take_turns_and_one_turn_is_always_made():
+    order = []
+    calls = {(name, "step"): lambda name=name: order.append(name) for name in ("eager", "sdpa")}
+    assert {len(seconds) for seconds in in_turn(calls, lambda result: None, 3, 60.0).values()} == {3}
+    assert order == ["eager", "sdpa"] * 3
+    assert {len(seconds) for seconds in in_turn(calls, lambda result: None, 3, 0.0).values()} == {1}
+
+
+@pytest.mark.slow
+def test_a_tiny_model_is_measured_in_every_part(tmp_path):
+    tiny = ["--size", "opt-tiny", "--batches", "1", "--lengths", "32", "--new-tokens", "5", "--runs", "1"]
+    command = [sys.executable, attention.__file__, *tiny, "--contestants", "torch", "--device", "cpu"]
+    done = subprocess.run([*command, "--plot", str(tmp_path / "p.png")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["results"]
+    assert [(r["part"], r["status"]) for r in rows] == [(p, "ok") for p in attention.PARTS]
+    assert (tmp_path / "p.png").stat().st_size
