@@ -51,7 +51,8 @@ def pair_table(part: str, rows: list[dict[str, Any]], fused: str) -> list[str]:
     scale = 1 if part == "training" else 1e3
     heading = ["batch", "length", f"{what}: eager", fused, "speed-up, %", "memory, MB: eager", fused, "saving, %"]
     shares = part == "training" and any("matrix_rate_share" in r for row in rows for r in row["results"].values())
-    heading += [f"of matrix rate: eager, {fused}"] if shares else []
+    heading += [f"of matrix rate, %: eager, {fused}"] if shares else []
+    heading.append("")
     lines = [line(heading), line(["---"] * len(heading))]
     for row in sorted(rows, key=lambda row: (row["batch"], row["length"])):
         pair = [row["results"].get(name, {}) for name in ("eager", fused)]
@@ -60,25 +61,25 @@ def pair_table(part: str, rows: list[dict[str, Any]], fused: str) -> list[str]:
         cells += [percent(seconds, lambda eager, fast: eager / fast - 1)]
         cells += [*(number(value, 1e-6, 0) for value in nbytes), percent(nbytes, lambda eager, less: 1 - less / eager)]
         if shares:
-            cells.append(", ".join(number(result.get("matrix_rate_share"), 100, 0) + "%" for result in pair))
-        lines.append(line(cells) + reason(row))
+            cells.append(", ".join(filter(None, (number(r.get("matrix_rate_share"), 100, 0) for r in pair))))
+        lines.append(line([*cells, reason(row)]))
     return lines
 
 
 def attention_table(rows: list[dict[str, Any]], document: dict[str, Any]) -> list[str]:
     """A line for each implementation; what does not run here is named once below."""
     times = ["forward, ms", "eager is x times", "MB", "and backward, ms", "eager is x times", "MB"]
-    heading = ["B x N x T x H", "implementation", *times]
+    heading = ["B x N x T x H", "implementation", *times, ""]
     lines, refused = [line(heading), line(["---"] * len(heading))], {}
     for row in sorted(rows, key=lambda row: (row["batch"], row["length"])):
         shape = f"{row['batch']} x {document['heads']} x {row['length']} x {document['head_size']}"
         if not row["results"]:
-            lines.append(line([shape, "", *[""] * 6]) + reason(row))
+            lines.append(line([shape, *[""] * 7, reason(row)]))
         for name, result in row["results"].items():
             if why := result.get("not_run") or result.get("failed"):
                 refused[name] = ("not run: " if "not_run" in result else "failed: ") + why
             else:
-                lines.append(line([shape, name, *attention_figures(result, row["results"].get("eager", {}))]))
+                lines.append(line([shape, name, *attention_figures(result, row["results"].get("eager", {})), ""]))
     return lines + [""] * bool(refused) + [f"- {name}: {why}" for name, why in refused.items()]
 
 
@@ -95,7 +96,7 @@ def line(cells: list[Any]) -> str:
 
 
 def reason(row: dict[str, Any]) -> str:
-    """Beside the cells without figures: one more cell."""
+    """The last cell: why there are no figures."""
     why = [row["reason"]] if row["reason"] else []
     why += [
         f"{name} {key}: {result[key]}"
@@ -103,7 +104,7 @@ def reason(row: dict[str, Any]) -> str:
         for key in ("not_run", "failed")
         if key in result
     ]
-    return f" {row['status'] if row['reason'] else ''} {'; '.join(why)} |".replace("  ", " ") if why else ""
+    return " ".join(filter(None, [row["status"] if row["reason"] else "", "; ".join(why)])) if why else ""
 
 
 def number(value: float | None, scale: float, digits: int) -> str:
