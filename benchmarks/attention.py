@@ -12,6 +12,7 @@ something failed.
 
 import argparse
 import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -285,7 +286,9 @@ def write(document: dict[str, Any], options: argparse.Namespace) -> None:
         Path(options.output).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
     if options.markdown:
         Path(options.markdown).write_text(to_markdown(document))
-    if options.plot and document["results"]:
+    if options.plot and document["results"] and importlib.util.find_spec("matplotlib") is None:
+        print(f"{options.plot}: not drawn, matplotlib is not installed", file=sys.stderr)
+    elif options.plot and document["results"]:
         write_plot(document, options.plot)
 
 
