@@ -32,10 +32,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Triton apart from the rest: in one process with TensorFlow it crashes. tests/torch/test_torch_triton_decode.py finds it.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[all,dev]"
+	[ "$$(uname -sm)" != "Linux x86_64" ] || $(BIN)/pip install --quiet --no-deps --constraint constraints.txt --target $(VENV)/triton triton
 	touch $@
 
 clean:
