@@ -63,15 +63,15 @@ def grow(cache: Cache, tokens: int) -> Cache:
 
 def slots_behind(lengths_B: Tensor, T: int) -> Slots:
     """The T slots behind the filled ones of each row."""
+    seen = None
+    if lengths_B.device.type == "cpu" and not torch.compiler.is_compiling() and len(lengths_B):
+        least, most = map(int, lengths_B.aminmax())
+        seen = most + T
+        if least == most:
+            return Slots(lengths_B, (slice(None), slice(None), slice(most, seen)), seen, sees_all=T == 1)
     rows_B1 = torch.arange(len(lengths_B), device=lengths_B.device)[:, None]
     slots_BT = lengths_B[:, None] + torch.arange(T, device=lengths_B.device)
-    index = (rows_B1, slice(None), slots_BT)
-    if lengths_B.device.type != "cpu" or torch.compiler.is_compiling() or not len(lengths_B):
-        return Slots(lengths_B, index)
-    least, most = map(int, lengths_B.aminmax())
-    if least == most:
-        index = (slice(None), slice(None), slice(most, most + T))
-    return Slots(lengths_B, index, most + T, least == most and T == 1)
+    return Slots(lengths_B, (rows_B1, slice(None), slots_BT), seen)
 
 
 def write(buffer_BNSH: Tensor, x_BNTH: Tensor, slots: Slots) -> Tensor:
