@@ -1,4 +1,7 @@
-"""Losses of the three tasks, TensorFlow: float32 whatever the model's dtype, and 0 where nothing is counted."""
+"""Losses of the three tasks, TensorFlow: float32 whatever the model's dtype, and 0 where nothing is counted.
+
+That of a language model is `linear_cross_entropy`; here are its targets.
+"""
 
 import tensorflow as tf
 from tensorflow import Tensor
@@ -7,16 +10,20 @@ from opt_core.reference import IGNORED_LABEL
 from opt_tf.layers import at_least_float32
 
 
-def causal_lm_loss(
-    logits_BTV: Tensor, labels_BT: Tensor, attention_mask: Tensor | None = None, segment_ids: Tensor | None = None
+def causal_lm_targets(
+    labels_BT: Tensor, attention_mask: Tensor | None = None, segment_ids: Tensor | None = None
 ) -> Tensor:
-    """Token t predicts label t + 1. Not counted: labels of -100, predictions at padding, or of another document."""
-    targets_BT = labels_BT[:, 1:]
+    """What token t predicts, label t + 1, as [B, T]; -100 where that is not counted.
+
+    Not counted: labels of -100, predictions at padding, of another document, or of the last token.
+    """
+    targets_BT = tf.pad(labels_BT[:, 1:], [[0, 0], [0, 1]], constant_values=IGNORED_LABEL)
     if attention_mask is not None:
-        targets_BT = tf.where(tf.cast(attention_mask[:, :-1], tf.bool), targets_BT, IGNORED_LABEL)
+        targets_BT = tf.where(tf.cast(attention_mask, tf.bool), targets_BT, IGNORED_LABEL)
     if segment_ids is not None:
-        targets_BT = tf.where(segment_ids[:, 1:] == segment_ids[:, :-1], targets_BT, IGNORED_LABEL)
-    return cross_entropy(logits_BTV[:, :-1], targets_BT)
+        same_BT = tf.pad(segment_ids[:, 1:] == segment_ids[:, :-1], [[0, 0], [0, 1]])
+        targets_BT = tf.where(same_BT, targets_BT, IGNORED_LABEL)
+    return targets_BT
 
 
 def classification_loss(logits_BK: Tensor, labels: Tensor, problem_type: str) -> Tensor:

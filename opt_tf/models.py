@@ -14,6 +14,7 @@ from opt_tf.decoder import Decoder
 from opt_tf.generation import GenerationMixin
 from opt_tf.inputs import as_index, as_tensor, known
 from opt_tf.layers import Embedding, Linear, dims, linear
+from opt_tf.linear_cross_entropy import linear_cross_entropy
 from opt_tf.packing import pool_last_token
 from opt_tf.pretrained import TFOPTPreTrainedModel
 
@@ -136,17 +137,25 @@ class TFOPTForCausalLM(GenerationMixin, TFOPTPreTrainedModel):
         )
         hidden_BTE = out.last_hidden_state
         labels = as_index(labels)
+        loss = logits_BTV = None
         if labels is not None:
             check_labels("labels", known(labels), hidden_BTE.shape[:2], self.config.vocab_size)
-        if logits_to_keep and labels is None:
-            hidden_BTE = hidden_BTE[:, -logits_to_keep:]
-        logits_BTV = self.logits(hidden_BTE)
-        loss = None
-        if labels is not None:
             mask_BT = self.current_mask(attention_mask, dims(hidden_BTE)[1])
-            loss = losses.causal_lm_loss(logits_BTV, labels, mask_BT, as_index(segment_ids))
-            logits_BTV = logits_BTV[:, -logits_to_keep:]
+            targets_BT = losses.causal_lm_targets(labels, mask_BT, as_index(segment_ids))
+            loss, logits_BTV = self.task_loss(hidden_BTE, targets_BT, keep_logits=not logits_to_keep)
+        if logits_BTV is None:
+            logits_BTV = self.logits(hidden_BTE[:, -logits_to_keep:])
         return CausalLMOutput(loss, logits_BTV, out.past_key_values, out.hidden_states, out.attentions)
+
+    def task_loss(
+        self, hidden_BTE: Tensor, targets_BT: Tensor, *, keep_logits: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """The loss, and where they are kept the logits [B, T, V]."""
+        B, T, E = dims(hidden_BTE)
+        weight_VE = self.get_output_embeddings().weight
+        rows = tf.reshape(hidden_BTE, [-1, E]), weight_VE, tf.reshape(targets_BT, [-1])
+        loss, logits_RV = linear_cross_entropy(*rows, keep_logits)
+        return loss, None if logits_RV is None else tf.reshape(logits_RV, [B, T, weight_VE.shape[0]])
 
 
 @keras.saving.register_keras_serializable("opt_tf")
