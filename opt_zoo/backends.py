@@ -17,6 +17,13 @@ import numpy as np
 
 from opt_core.errors import MissingFrameworkError
 
+CLASSES = {  # of a task, without the framework's prefix
+    "base": "OPTModel",
+    "causal-lm": "OPTForCausalLM",
+    "sequence-classification": "OPTForSequenceClassification",
+    "question-answering": "OPTForQuestionAnswering",
+}
+
 
 class Outputs(NamedTuple):
     """What a causal language model computed, in NumPy."""
@@ -40,6 +47,13 @@ class LoadedModel:
         )
         hidden_states = tuple(self._float64(x) for x in out.hidden_states)
         return Outputs(self._float64(out.logits), hidden_states, float(self._float64(out.loss)))
+
+    def loss(self, input_ids) -> float:
+        """The mean cross entropy of tokens [B, T], of T - 1 in each row."""
+        out = self.model(
+            input_ids, labels=input_ids, logits_to_keep=1, use_cache=False
+        )  # few logits: [B, T, V] is much
+        return float(self._float64(out.loss))
 
     def generate(self, input_ids, attention_mask=None, max_new_tokens: int = 20) -> np.ndarray:
         """Greedy token ids [B, T + n], prompt included."""
@@ -66,6 +80,15 @@ class Backend(NamedTuple):
         model_class = getattr(importlib.import_module(self.package), self.causal_lm)
         model = model_class.from_pretrained(source, dtype=dtype, attn_implementation=attn_implementation, **options)
         return LoadedModel(self.freeze(model), self.to_numpy)
+
+    def model_class(self, task: str = "causal-lm") -> Any:
+        """The class of a task of `opt_core.schema.TASKS`."""
+        prefix = self.causal_lm.removesuffix(CLASSES["causal-lm"])
+        return getattr(importlib.import_module(self.package), prefix + CLASSES[task])
+
+    @property
+    def trainer_class(self) -> Any:
+        return importlib.import_module(f"{self.package}.training").Trainer
 
     @property
     def versions(self) -> dict[str, str]:

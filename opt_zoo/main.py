@@ -16,6 +16,7 @@ COMMANDS = {
     "diff": "diff",
     "parity": "parity",
     "generate": "generating",
+    "perplexity": "perplexity",
     "bench": "benching",
 }
 OK, FAILED, BAD_INPUT, INTERRUPTED, NO_READER = 0, 1, 2, 130, 141

@@ -58,6 +58,7 @@ def test_wrong_usage_exits_with_2_and_says_how_to_use_it(opt_zoo, arguments):
         ["convert", "./no-such-folder", "target"],
         ["parity", "./no-such-folder", "--backends", "torch"],
         ["generate", "./no-such-folder", "prompt", "--backend", "torch"],
+        ["perplexity", "./no-such-folder", "text.txt", "--backend", "torch"],
     ],
 )
 def test_a_source_that_does_not_exist_exits_with_2_and_one_error(opt_zoo, arguments, tmp_path, monkeypatch):
@@ -75,7 +76,9 @@ def test_source_and_model_together_are_refused(opt_zoo, checkpoint):
     assert "expected SOURCE or --model, got both" in err
 
 
-@pytest.mark.parametrize("command", [["parity", "--backends"], ["generate", "text", "--backend"]])
+@pytest.mark.parametrize(
+    "command", [["parity", "--backends"], ["generate", "text", "--backend"], ["perplexity", "text", "--backend"]]
+)
 @pytest.mark.parametrize("name", list(BACKENDS))
 def test_a_missing_framework_exits_with_2_and_names_the_extra(opt_zoo, checkpoint, monkeypatch, command, name):
     with_missing_framework(monkeypatch, name)
