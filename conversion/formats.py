@@ -11,7 +11,7 @@ from typing import NamedTuple
 from conversion.layout import Layout
 from conversion.tables import FORMATS, NUMBERED, PUBLISHED, Format, Rule
 from opt_core.config import OPTConfig
-from opt_core.schema import AXES, SCHEMA, Weight, published_name, weights
+from opt_core.schema import AXES, SCHEMA, Weight, dimension_sizes, published_name, weights
 
 __all__ = ["FORMATS", "Format", "Place", "Rule", "losses", "place_of", "places", "published_of", "refusals"]
 
@@ -63,8 +63,8 @@ def _axis(rule: Rule, weight: Weight) -> int | None:
 
 
 def _layout(rule: Rule, weight: Weight, config: OPTConfig, parts: int) -> Layout:
-    lengths = dict(zip(weight.dims, weight.shape(config), strict=True))
-    lengths |= {"N": config.num_attention_heads, "H": config.head_size}
+    sizes = dimension_sizes(config, weight.layer)
+    lengths = {"N": sizes["N"], "H": sizes["H"], **dict(zip(weight.dims, weight.shape(config), strict=True))}
     if rule.split in lengths:
         lengths[rule.split] //= parts
     stored = weight.dims[::-1] if rule.dims == "reversed" else rule.dims or weight.dims
@@ -180,4 +180,5 @@ _REASONS = {
     "_remove_final_layer_norm": "models with norms before have a final one there",
     "has_final_layer_norm": "the published class always has a final norm",
     "activation_function": "no other activation is the same there",
+    "has_all_heads": "heads are pruned, and the published class has as many in every layer",
 }

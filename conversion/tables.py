@@ -221,10 +221,14 @@ _ANY_ROOT = r"(?:[^/]+/)*?(?=(?:decoder|lm_head|score|qa_outputs)/)"
 _H5_DTYPES = ("float64", "float32", "float16")
 _KERAS_HUB_ALWAYS = (
     ("do_layer_norm_before", True), ("has_final_layer_norm", True), *_TIED, ("has_projections", False),
-    ("activation_function", "relu"),
+    ("activation_function", "relu"), ("has_all_heads", True),
 )  # fmt: skip
 _KERAS_HUB_FILES = r"model_\d{5}\.weights\.h5|model\.weights\.json|(metadata|task|preprocessor)\.json|assets"
-_METASEQ_ALWAYS = (("_remove_final_layer_norm", False), ("activation_function", "relu"))  # its "gelu" is two functions
+_METASEQ_ALWAYS = (
+    ("_remove_final_layer_norm", False),
+    ("activation_function", "relu"),  # its "gelu" is two functions
+    ("has_all_heads", True),
+)
 _MEGATRON = (("do_layer_norm_before", True), ("has_projections", False), *_METASEQ_ALWAYS)
 _PARTS = r".+-model_part-\d+(-shard\d+)?\.pt"
 

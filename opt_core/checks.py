@@ -46,6 +46,7 @@ def check_inputs(
     logits_to_keep: int = 0,
     segment_ids: Known | None = None,
     use_cache: bool | None = None,
+    head_mask: Known | None = None,
 ) -> None:
     """Raises one InputError that lists everything wrong with the arguments of a call."""
     problems = _source_problems(config, input_ids, inputs_embeds)
@@ -59,6 +60,7 @@ def check_inputs(
         problems += [] if problems else _length_problems(config, real, length, attention_mask, cache, segment_ids)
         problems += _position_problems(config, position_ids, batch, length, real)
         problems += _token_problems(config, input_ids, real)
+    problems += _head_mask_problems(head_mask, config)
     if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, (int, np.integer)) or logits_to_keep < 0:
         problems.append(f"logits_to_keep: expected an integer of at least 0 (0: all), got {logits_to_keep!r}")
     raise_if(InputError, "invalid arguments", problems)
@@ -117,14 +119,43 @@ def _cache_problems(config: OPTConfig, cache: KnownCache | None, batch) -> list[
         problems.append(f"past_key_values: expected a cache of {batch} rows, got {cache.batch_size}")
     if cache is None or cache.layers is None:
         return problems
-    layers, heads, size = config.num_hidden_layers, config.num_attention_heads, config.head_size
+    layers, size = config.num_hidden_layers, config.head_size
     if len(cache.layers) != layers:
         problems.append(f"past_key_values: expected a cache of {layers} layers, got {len(cache.layers)}")
-    wrong = [got for got in cache.layers if _differ(got[0], heads) or _differ(got[1], size)]
-    if wrong:
-        got = f"{wrong[0][0]} of size {wrong[0][1]}"
-        problems.append(f"past_key_values: expected a cache of {heads} heads of size {size}, got {got}")
+    for layer, got in enumerate(cache.layers):
+        heads = config.heads_of(layer)
+        if _differ(got[0], heads) or _differ(got[1], size):
+            where = "" if config.has_all_heads else f" in layer {layer}"
+            got_text = f"{got[0]} of size {got[1]}"
+            problems.append(f"past_key_values: expected a cache of {heads} heads of size {size}{where}, got {got_text}")
+            break
     return problems
+
+
+def check_head_mask(head_mask: Known, config: OPTConfig) -> None:
+    """Raises unless `head_mask` has one number for each head as the config numbers them: [L, N], or [N] for all layers.
+
+    Heads that are pruned keep their column, which nothing looks at.
+    """
+    raise_if(InputError, "invalid arguments", _head_mask_problems(head_mask, config))
+
+
+def _head_mask_problems(head_mask: Known | None, config: OPTConfig) -> list[str]:
+    if head_mask is None:
+        return []
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    shape = head_mask.shape
+    if len(shape) not in (1, 2) or any(map(_differ, shape, (layers, heads)[-len(shape) :])):
+        return [f"head_mask: expected shape ({layers}, {heads}), or ({heads},) for all layers, got {shape}"]
+    if not _is_integer(head_mask.dtype) and not head_mask.dtype.startswith(("float", "bfloat")):
+        return [f"head_mask: expected numbers, got {head_mask.dtype}"]
+    if head_mask.values is not None:
+        masks_LN = np.broadcast_to(np.asarray(head_mask.values, np.float64), (layers, heads))
+        for layer, mask_N in enumerate(masks_LN):
+            if not np.isfinite(remaining := mask_N[config.remaining_heads(layer)]).all():
+                wrong = remaining[~np.isfinite(remaining)][0]
+                return [f"head_mask: expected finite numbers, got {wrong} in layer {layer}"]
+    return []
 
 
 def _real_tokens(mask: Known | None, source: Known) -> np.ndarray | None:

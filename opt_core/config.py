@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -64,7 +64,8 @@ class OPTConfig:
 
     `word_embed_proj_dim=None` means `hidden_size`. `activation_function` is one of `ACTIVATIONS` or a callable on
     the arrays of the framework in use. `torch_dtype` names the dtype of the stored weights ("float16" in the published
-    files). `extra` keeps the unknown fields of a file through a round trip; nothing reads them.
+    files). `pruned_heads` names by layer the heads that are gone, numbered as before any was; `num_attention_heads` and
+    `head_size` stay as they were. `extra` keeps the unknown fields of a file through a round trip; nothing reads them.
 
     Raises:
         ConfigError: lists every field that is out of range or inconsistent.
@@ -100,6 +101,7 @@ class OPTConfig:
     output_attentions: bool = False
     output_hidden_states: bool = False
     architectures: list[str] | None = None
+    pruned_heads: dict[int, list[int]] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -110,6 +112,7 @@ class OPTConfig:
         if self.torch_dtype is not None:
             self.torch_dtype = str(self.torch_dtype).rpartition(".")[2]  # "torch.float16" in old files
         self._complete_labels()
+        self._sort_pruned_heads()
         self.check()
 
     def _complete_labels(self) -> None:
@@ -124,11 +127,32 @@ class OPTConfig:
             if self.label2id is None:
                 self.label2id = {label: i for i, label in self.id2label.items() if _is_name(label)}
 
+    def _sort_pruned_heads(self) -> None:
+        """One spelling of each: numbers for layers, each head once and in order, no layer without a pruned head."""
+        if isinstance(self.pruned_heads, dict) and all(map(_are_ints, self.pruned_heads.values())):
+            pruned: dict[int, set[int]] = {}
+            for layer, heads in self.pruned_heads.items():
+                pruned.setdefault(_int_if_digits(layer), set()).update(heads)
+            self.pruned_heads = {layer: sorted(heads) for layer, heads in pruned.items() if heads}
+
     # -- derived sizes ------------------------------------------------------------------------------------------------
 
     @property
     def head_size(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    def remaining_heads(self, layer: int) -> list[int]:
+        """The heads that a layer has, numbered as before any was pruned."""
+        pruned = set(self.pruned_heads.get(layer, ()))
+        return [head for head in range(self.num_attention_heads) if head not in pruned]
+
+    def heads_of(self, layer: int) -> int:
+        """How many heads a layer has."""
+        return self.num_attention_heads - len(self.pruned_heads.get(layer, ()))
+
+    @property
+    def has_all_heads(self) -> bool:
+        return not self.pruned_heads
 
     @property
     def has_projections(self) -> bool:
@@ -161,7 +185,13 @@ class OPTConfig:
         raise_if(ConfigError, "OPTConfig", self._problems())
 
     def _problems(self) -> list[str]:
-        return [*self._size_problems(), *self._switch_problems(), *self._token_problems(), *self._label_problems()]
+        return [
+            *self._size_problems(),
+            *self._switch_problems(),
+            *self._token_problems(),
+            *self._label_problems(),
+            *self._pruning_problems(),
+        ]
 
     def _size_problems(self) -> list[str]:
         problems = []
@@ -224,6 +254,22 @@ class OPTConfig:
             problems.append(f"problem_type: expected one of {', '.join(PROBLEM_TYPES)}, got {self.problem_type!r}")
         return problems
 
+    def _pruning_problems(self) -> list[str]:
+        pruned, layers, heads = self.pruned_heads, self.num_hidden_layers, self.num_attention_heads
+        if not isinstance(pruned, dict) or not all(map(_are_ints, pruned.values())):
+            return [f"pruned_heads: expected an object of layer to a list of heads, got {pruned!r}"]
+        if not _is_int(layers) or not _is_int(heads):
+            return []
+        problems = []
+        for layer, gone in pruned.items():
+            if not _is_int(layer) or not 0 <= layer < layers:
+                problems.append(f"pruned_heads: expected layers from 0 to {layers - 1}, got {layer!r}")
+            elif gone[0] < 0 or gone[-1] >= heads:
+                problems.append(f"pruned_heads: expected heads from 0 to {heads - 1} in layer {layer}, got {gone}")
+            elif len(gone) == heads:
+                problems.append(f"pruned_heads: expected at least one head to remain in layer {layer}, got {gone}")
+        return problems
+
     # -- presets and JSON ---------------------------------------------------------------------------------------------
 
     @classmethod
@@ -282,6 +328,8 @@ class OPTConfig:
         default = {0: "LABEL_0", 1: "LABEL_1"}  # of the published config, which leaves it out
         if self.id2label == default and self.label2id == {label: i for i, label in default.items()}:
             del fields["id2label"], fields["label2id"]
+        if self.has_all_heads:
+            del fields["pruned_heads"]
         del fields["num_labels"]  # follows from id2label, as in the published files
         return {**self.extra, **fields, "model_type": "opt"}
 
@@ -310,6 +358,15 @@ class OPTConfig:
             fields["word_embed_proj_dim"] = None
         return OPTConfig(**{**fields, **changes})
 
+    def without_heads(self, heads: Mapping[int, Iterable[int]]) -> "OPTConfig":
+        """A copy without these heads of these layers either, numbered as before any was pruned.
+
+        Raises:
+            ConfigError: lists every layer or head that there is not, and every layer that would have no head left.
+        """
+        pruned = {layer: [*gone, *self.pruned_heads.get(layer, ())] for layer, gone in heads.items()}
+        return self.replace(pruned_heads={**self.pruned_heads, **pruned})
+
 
 def _is_int(value) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
@@ -325,6 +382,10 @@ def _is_name(label) -> bool:
 
 def _are_texts(values) -> bool:
     return isinstance(values, (list, tuple)) and all(isinstance(value, str) for value in values)
+
+
+def _are_ints(values) -> bool:
+    return isinstance(values, (list, tuple, set)) and all(map(_is_int, values))
 
 
 def _int_if_digits(key):

@@ -31,11 +31,15 @@ class ProblemsError(ValueError):
 
 
 class ConfigError(ProblemsError):
-    """A configuration that describes no OPT model."""
+    """A configuration that describes no OPT model, no training of one, or no adapter to one."""
 
 
 class CheckpointError(ProblemsError):
     """A file or folder that does not hold the tensors which its configuration asks for."""
+
+
+class TrainingError(ProblemsError):
+    """A step that would spoil the weights: a loss or a gradient that is not finite."""
 
 
 class InputError(ProblemsError):

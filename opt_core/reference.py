@@ -45,9 +45,19 @@ class Reference:
         self.activation = activation if callable(activation) else ACTIVATION_FUNCTIONS[activation]
 
     def __call__(
-        self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, segment_ids=None
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        inputs_embeds=None,
+        segment_ids=None,
+        head_mask=None,
     ) -> ReferenceOutput:
-        """Runs [B, T] tokens, or [B, T, E] embeddings, through the decoder."""
+        """Runs [B, T] tokens, or [B, T, E] embeddings, through the decoder.
+
+        `head_mask`, [L, N] or [N] for all layers, scales the output of each head, which is the same as scaling its
+        attention weights after the softmax; the weights returned are those before.
+        """
         x_BTE = self.weights["decoder.embed_tokens.weight"][input_ids] if inputs_embeds is None else inputs_embeds
         real_BT = np.ones(x_BTE.shape[:2], bool) if attention_mask is None else np.asarray(attention_mask) != 0
         causal_TT = np.tri(x_BTE.shape[1], dtype=bool)
@@ -61,23 +71,28 @@ class Reference:
 
         x_BTD = self.linear("decoder.project_in", x_BTE)
         x_BTD = x_BTD + self.weights["decoder.embed_positions.weight"][position_ids + POSITION_OFFSET]
+        config = self.config
+        head_mask_LN = np.broadcast_to(
+            1.0 if head_mask is None else head_mask, (config.num_hidden_layers, config.num_attention_heads)
+        )
         inputs, attentions = [], []
-        for layer in range(self.config.num_hidden_layers):
+        for layer in range(config.num_hidden_layers):
             inputs.append(x_BTD)
-            x_BTD, weights_BNTT = self.layer(f"decoder.layers.{layer}", x_BTD, attend_BTT)
+            head_mask_N = head_mask_LN[layer, config.remaining_heads(layer)]
+            x_BTD, weights_BNTT = self.layer(f"decoder.layers.{layer}", x_BTD, attend_BTT, head_mask_N)
             attentions.append(weights_BNTT)
-        if self.config.has_final_layer_norm:
+        if config.has_final_layer_norm:
             x_BTD = self.layer_norm("decoder.final_layer_norm", x_BTD)
         x_BTE = self.linear("decoder.project_out", x_BTD)
         states = [np.where(real_BT[..., None], x, 0) for x in (*inputs, x_BTE)]
         return ReferenceOutput(states[-1], tuple(states), tuple(attentions))
 
-    def layer(self, name: str, x_BTD: Array, attend_BTT: Array) -> tuple[Array, Array]:
+    def layer(self, name: str, x_BTD: Array, attend_BTT: Array, head_mask_N: Array) -> tuple[Array, Array]:
         pre_norm = self.config.do_layer_norm_before
         residual = x_BTD
         if pre_norm:
             x_BTD = self.layer_norm(f"{name}.self_attn_layer_norm", x_BTD)
-        x_BTD, weights_BNTT = self.attention(f"{name}.self_attn", x_BTD, attend_BTT)
+        x_BTD, weights_BNTT = self.attention(f"{name}.self_attn", x_BTD, attend_BTT, head_mask_N)
         x_BTD = residual + x_BTD
         if not pre_norm:
             x_BTD = self.layer_norm(f"{name}.self_attn_layer_norm", x_BTD)
@@ -91,16 +106,18 @@ class Reference:
             x_BTD = self.layer_norm(f"{name}.final_layer_norm", x_BTD)
         return x_BTD, weights_BNTT
 
-    def attention(self, name: str, x_BTD: Array, attend_BTT: Array) -> tuple[Array, Array]:
+    def attention(self, name: str, x_BTD: Array, attend_BTT: Array, head_mask_N: Array) -> tuple[Array, Array]:
         q_BNTH = self.heads(self.linear(f"{name}.q_proj", x_BTD) * self.config.head_size**-0.5)
         k_BNTH = self.heads(self.linear(f"{name}.k_proj", x_BTD))
         v_BNTH = self.heads(self.linear(f"{name}.v_proj", x_BTD))
         weights_BNTT = masked_softmax(q_BNTH @ k_BNTH.swapaxes(-1, -2), attend_BTT[:, None])
-        x_BTA = (weights_BNTT @ v_BNTH).swapaxes(1, 2).reshape(x_BTD.shape)
+        x_BNTH = weights_BNTT @ v_BNTH * head_mask_N[:, None, None]
+        x_BTA = x_BNTH.swapaxes(1, 2).reshape(*x_BTD.shape[:2], -1)
         return self.linear(f"{name}.out_proj", x_BTA), weights_BNTT
 
     def heads(self, x_BTA: Array) -> Array:
-        return x_BTA.reshape(*x_BTA.shape[:2], self.config.num_attention_heads, -1).swapaxes(1, 2)
+        """The heads that the layer has, which may be fewer than those of the config."""
+        return x_BTA.reshape(*x_BTA.shape[:2], -1, self.config.head_size).swapaxes(1, 2)
 
     def linear(self, name: str, x: Array) -> Array:
         """x W^T + b; the identity where the model has no such weight (projections), no bias where it has none."""

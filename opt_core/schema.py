@@ -7,6 +7,7 @@ class that saved them (`published_name`).
 
 import itertools
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -22,13 +23,15 @@ AXES = {
     "H": "size of a head",
     "L": "layers",
     "D": "model width, hidden_size",
-    "A": "joined heads, N x H: equal to D in number, not in meaning",
+    "A": "joined heads, N x H: equal to D in number where no head is pruned, not in meaning",
     "F": "feed-forward width, ffn_dim",
     "E": "word-embedding width, word_embed_proj_dim",
     "V": "vocabulary, vocab_size",
     "P": "rows of the position table, max_position_embeddings + 2",
     "K": "outputs of a task head: labels, or start and end",
 }
+
+_LAYER_NUMBER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
 
 TASKS = ("base", "causal-lm", "sequence-classification", "question-answering")
 
@@ -43,8 +46,15 @@ class Weight(NamedTuple):
     tasks: tuple[str, ...] = TASKS  # classes that have it
     tied_to: str | None = None  # the weight it shares its values with when `tie_word_embeddings`
 
+    @property
+    def layer(self) -> int | None:
+        """The number of its layer; None where it has none, or `{layer}` is not filled in."""
+        found = _LAYER_NUMBER.search(self.name)
+        return int(found[0]) if found else None
+
     def shape(self, config: OPTConfig) -> tuple[int, ...]:
-        sizes = dimension_sizes(config)
+        """Its shape in its own layer, which may have fewer heads than others."""
+        sizes = dimension_sizes(config, self.layer)
         if self.name.startswith("qa_outputs"):
             sizes["K"] = 2  # start and end, whatever the number of labels
         return tuple(sizes[letter] for letter in self.dims)
@@ -87,14 +97,17 @@ SCHEMA: tuple[Weight, ...] = (
 )
 
 
-def dimension_sizes(config: OPTConfig) -> dict[str, int]:
-    """The length of every dimension letter that occurs in the table."""
+def dimension_sizes(config: OPTConfig, layer: int | None = None) -> dict[str, int]:
+    """The length of every dimension letter in the table, and of N and H; heads are those that `layer` has left."""
+    heads = config.num_attention_heads if layer is None else config.heads_of(layer)
     return dict(
         V=config.vocab_size,
         E=config.word_embed_proj_dim,
         P=config.max_position_embeddings + POSITION_OFFSET,
         D=config.hidden_size,
-        A=config.num_attention_heads * config.head_size,
+        A=heads * config.head_size,
+        N=heads,
+        H=config.head_size,
         F=config.ffn_dim,
         K=config.num_labels,
     )
@@ -135,6 +148,19 @@ def parameter_count(config: OPTConfig, task: str = "causal-lm") -> int:
 
 def tensor_count(config: OPTConfig, task: str = "causal-lm") -> int:
     return len(shapes(config, task))
+
+
+def kept_by_pruning(weight: Weight, before: OPTConfig, after: OPTConfig) -> tuple[int, list[int]] | None:
+    """The axis of a layer's weight that pruning shortens, and the indices along it that stay; None where all stay.
+
+    Args:
+        before, after: configs that differ in `pruned_heads`, of which `after` has all that `before` has.
+    """
+    if weight.layer is None or "A" not in weight.dims or before.heads_of(weight.layer) == after.heads_of(weight.layer):
+        return None
+    there, size = before.remaining_heads(weight.layer), before.head_size
+    starts = [there.index(head) * size for head in after.remaining_heads(weight.layer)]
+    return weight.dims.index("A"), [start + i for start in starts for i in range(size)]
 
 
 def published_name(name: str, task: str = "causal-lm") -> str:

@@ -35,12 +35,13 @@ def random_tensors(config: OPTConfig, task: str = "causal-lm", seed: int = 0) ->
 def random_tensor(weight: Weight, config: OPTConfig, seed: int = 0) -> np.ndarray:
     """The float32 values of one weight, `{layer}` filled in."""
     mean, deviation = _DISTRIBUTION[weight.kind]
-    values = _generator(weight.name, seed).standard_normal(weight.shape(config), dtype=np.float32)
+    values = generator_of(weight.name, seed).standard_normal(weight.shape(config), dtype=np.float32)
     values *= np.float32(deviation)
     values += np.float32(mean)
     return values
 
 
-def _generator(name: str, seed: int) -> np.random.Generator:
+def generator_of(name: str, seed: int) -> np.random.Generator:
+    """Random numbers that depend on the seed and the name of a weight, and on nothing else: NumPy's Philox."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))

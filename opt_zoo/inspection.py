@@ -96,6 +96,8 @@ def _lines(description: dict[str, Any]) -> dict[str, str]:
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in description["dtypes"].items())
     norm = "pre-norm" if config["do_layer_norm_before"] else "post-norm"
     width, embed, heads = config["hidden_size"], config["word_embed_proj_dim"], config["num_attention_heads"]
+    pruned = sum(map(len, config.get("pruned_heads", {}).values()))
+    pruning = f" ({pruned} of them pruned in {len(config['pruned_heads'])} layers)" if pruned else ""
     projections = f", word embeddings of {embed} projected" if embed != width else ""
     return {
         "source": description["source"],
@@ -103,7 +105,7 @@ def _lines(description: dict[str, Any]) -> dict[str, str]:
         "class": description["task"],
         "parameters": f"{description['parameters']:,}",
         "weights": f"{description['bytes']:,} bytes in {len(description['tensors'])} tensors ({dtypes})",
-        "layers": f"{config['num_hidden_layers']} of width {width}, {heads} heads, {norm}{projections}",
+        "layers": f"{config['num_hidden_layers']} of width {width}, {heads} heads{pruning}, {norm}{projections}",
         "vocabulary": f"{config['vocab_size']:,} tokens, {config['max_position_embeddings']:,} positions",
         "unknown config": ", ".join(description["unknown_config_fields"]) or "none",
         "tensors fit the config": "no" if description["problems"] else "yes",

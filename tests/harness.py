@@ -12,7 +12,7 @@ import numpy as np
 from conversion import write_checkpoint
 from opt_core import OPTConfig
 from opt_core.reference import Reference
-from opt_core.schema import published_name, shapes
+from opt_core.schema import kept_by_pruning, published_name, shapes, weights
 from opt_core.synthetic import random_tensors
 
 # Distinct primes, but for the width, which is heads x head size.
@@ -47,6 +47,8 @@ ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 BOUND = {"float32": 64, "float16": 16, "bfloat16": 16}  # worst row, in units of roundoff
 NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float64": np.float64}
 
+PRUNED_HEADS = {0: [1, 4], 2: [0, 2, 3]}  # of five; other layers keep all
+
 BATCH, LENGTH = 4, 13
 MASKS = {
     "none": None,
@@ -75,10 +77,22 @@ def rounded_weights(config: OPTConfig, task: str = "causal-lm", dtype: str = "fl
     return {name: w.astype(NUMPY_DTYPES[dtype]) for name, w in random_tensors(config, task)}
 
 
+def pruned_tensors(
+    tensors: dict[str, np.ndarray], before: OPTConfig, after: OPTConfig, task: str = "causal-lm"
+) -> dict[str, np.ndarray]:
+    """The weights that are left when heads go."""
+    kept = {}
+    for weight in weights(before, task):
+        place = kept_by_pruning(weight, before, after)
+        whole = tensors[weight.name]
+        kept[weight.name] = whole if place is None else np.take(whole, place[1], axis=place[0])
+    return kept
+
+
 def save_random(folder, config: OPTConfig, task: str = "causal-lm", dtype: str = "float32", **options) -> Path:
     """A checkpoint of random weights, rounded to `dtype`, in `folder`."""
-    weights = rounded_weights(config, task, dtype)
-    tensors = {name: lambda name=name: weights[name] for name in weights}
+    arrays = rounded_weights(config, task, dtype)
+    tensors = {name: lambda name=name: arrays[name] for name in arrays}
     write_checkpoint(Path(folder), config, tensors, task=task, dtype=dtype, overwrite=True, **options)
     return Path(folder)
 

@@ -11,6 +11,7 @@ from opt_core.checks import (
     KnownCache,
     arguments_of,
     check_choice,
+    check_head_mask,
     check_inputs,
     check_keywords,
     check_labels,
@@ -327,3 +328,46 @@ def test_a_choice_outside_the_list_is_refused():
     check_choice("attn_implementation", "eager", ("eager", "sdpa"))
     with pytest.raises(InputError, match="attn_implementation: expected one of eager, sdpa, got 'flash'"):
         check_choice("attn_implementation", "flash", iter(("eager", "sdpa")))
+
+
+# -- head masks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (5,)])
+def test_a_mask_of_heads_has_a_number_for_each_or_for_each_of_all_layers(shape):
+    for dtype in ("float32", "bfloat16", "int64", "bool"):
+        check_head_mask(Known(shape, dtype), CONFIG)
+    check_inputs(CONFIG, input_ids=tokens(), head_mask=known(np.full(shape, 0.5)))
+
+
+@pytest.mark.parametrize(
+    ("head_mask", "line"),
+    [
+        (Known((5, 3), "float32"), "head_mask: expected shape (3, 5), or (5,) for all layers, got (5, 3)"),
+        (Known((3,), "float32"), "head_mask: expected shape (3, 5), or (5,) for all layers, got (3,)"),
+        (Known((1, 3, 5), "float32"), "head_mask: expected shape (3, 5), or (5,) for all layers, got (1, 3, 5)"),
+        (Known((), "float32"), "head_mask: expected shape (3, 5), or (5,) for all layers, got ()"),
+        (Known((3, 5), "complex64"), "head_mask: expected numbers, got complex64"),
+        (known(np.full((3, 5), np.inf)), "head_mask: expected finite numbers, got inf in layer 0"),
+    ],
+)
+def test_another_mask_of_heads_is_refused_beside_what_else_is_wrong(head_mask, line):
+    assert problems_of(input_ids=known([[5, 97]]), head_mask=head_mask)[1:] == (line,)
+    with pytest.raises(InputError, match="invalid arguments"):
+        check_head_mask(head_mask, CONFIG)
+
+
+def test_nothing_looks_at_the_columns_of_pruned_heads():
+    head_mask = np.ones((3, 5))
+    head_mask[1, 2] = np.nan
+    check_head_mask(known(head_mask), CONFIG.without_heads({1: [2]}))
+    with pytest.raises(InputError, match="got nan in layer 1"):
+        check_head_mask(known(head_mask), CONFIG.without_heads({0: [2]}))
+
+
+def test_a_cache_has_the_heads_that_each_layer_has_left():
+    config = CONFIG.without_heads({1: [2]})
+    cache = KnownCache(2, None, np.zeros(2, int), ((5, 7), (4, 7), (5, 7)))
+    check_inputs(config, input_ids=tokens(), cache=cache)
+    with pytest.raises(InputError, match="expected a cache of 4 heads of size 7 in layer 1, got 5 of size 7"):
+        check_inputs(config, input_ids=tokens(), cache=cache._replace(layers=((5, 7),) * 3))

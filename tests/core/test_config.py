@@ -72,7 +72,7 @@ def test_every_published_argument_is_there_in_order_and_with_its_default():
 @pytest.mark.parametrize(
     "name",
     ["tie_word_embeddings", "torch_dtype", "num_labels", "id2label", "label2id", "problem_type", "output_attentions"]
-    + ["output_hidden_states", "architectures"],
+    + ["output_hidden_states", "architectures", "pruned_heads"],
 )
 def test_a_field_that_the_published_config_inherits_has_its_value(name):
     transformers = pytest.importorskip("transformers")
@@ -118,6 +118,51 @@ def test_only_pre_norm_models_end_in_a_norm_unless_it_was_removed(pre_norm, remo
 @pytest.mark.parametrize(("given", "ids"), [(None, ()), (2, (2,)), ([2, 5], (2, 5))])
 def test_the_ids_that_end_a_text_are_a_tuple_in_every_spelling(given, ids):
     assert OPTConfig(eos_token_id=given).eos_token_ids == ids
+
+
+# -- pruned heads -----------------------------------------------------------------------------------------------------
+
+SIX_HEADS = dict(hidden_size=6 * 7, num_attention_heads=6, num_hidden_layers=3)
+
+
+def test_pruned_heads_are_counted_by_layer_in_their_old_numbering():
+    config = OPTConfig(**SIX_HEADS, pruned_heads={"1": [4, 0, 4], 2: []})
+    assert config.pruned_heads == {1: [0, 4]}
+    assert [config.heads_of(layer) for layer in range(3)] == [6, 4, 6]
+    assert config.remaining_heads(1) == [1, 2, 3, 5]
+    assert (config.num_attention_heads, config.head_size, config.has_all_heads) == (6, 7, False)
+
+
+def test_pruned_heads_survive_json_and_are_left_out_where_there_are_none(tmp_path):
+    config = OPTConfig(**SIX_HEADS, pruned_heads={2: [5], 0: [1, 3]})
+    config.to_json(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["pruned_heads"] == {"0": [1, 3], "2": [5]}
+    assert OPTConfig.from_json(tmp_path) == config
+    assert "pruned_heads" not in OPTConfig(**SIX_HEADS).to_dict()
+
+
+def test_pruning_again_adds_to_what_is_pruned_and_leaves_the_original():
+    config = OPTConfig(**SIX_HEADS, pruned_heads={0: [1]})
+    assert config.without_heads({0: [3, 1], 2: [0]}).pruned_heads == {0: [1, 3], 2: [0]}
+    assert config.pruned_heads == {0: [1]}
+    assert config.without_heads({0: [1]}) == config
+
+
+def test_heads_that_cannot_be_pruned_come_in_one_error():
+    with pytest.raises(ConfigError) as caught:
+        OPTConfig(**SIX_HEADS, pruned_heads={1: [0, 1, 2]}).without_heads({0: [-1], 1: [3, 4, 5], 2: [6], 3: [0]})
+    assert sorted(caught.value.problems) == [
+        "pruned_heads: expected at least one head to remain in layer 1, got [0, 1, 2, 3, 4, 5]",
+        "pruned_heads: expected heads from 0 to 5 in layer 0, got [-1]",
+        "pruned_heads: expected heads from 0 to 5 in layer 2, got [6]",
+        "pruned_heads: expected layers from 0 to 2, got 3",
+    ]
+
+
+@pytest.mark.parametrize("wrong", [[1], {0: 1}, {0: ["1"]}, {0: [True]}, None, {"first": [1]}, {None: [1]}], ids=str)
+def test_pruned_heads_of_another_kind_are_refused(wrong):
+    (problem,) = problems_of(**SIX_HEADS, pruned_heads=wrong)
+    assert problem.startswith("pruned_heads: expected")
 
 
 # -- aliases ----------------------------------------------------------------------------------------------------------

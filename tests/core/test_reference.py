@@ -4,7 +4,17 @@ import math
 
 import numpy as np
 import pytest
-from harness import MASKS, VARIANTS, config_of, mask_named, reference_of, token_ids
+from harness import (
+    MASKS,
+    PRUNED_HEADS,
+    VARIANTS,
+    config_of,
+    mask_named,
+    pruned_tensors,
+    reference_of,
+    rounded_weights,
+    token_ids,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -104,6 +114,46 @@ def test_an_activation_has_its_published_values(activation, expected):
     config = reference.config.replace(activation_function=activation)
     activated = Reference(config, reference.weights).activation(np.array([-1.0, 0.0, 2.0]))
     assert np.allclose(activated, expected, rtol=1e-9, atol=1e-12)
+
+
+# -- heads ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_pruned_head_is_a_head_whose_mask_is_zero():
+    whole = config_of()
+    pruned = whole.without_heads(PRUNED_HEADS)
+    tensors, ids = rounded_weights(whole), token_ids(whole)
+    head_mask_LN = np.ones((whole.num_hidden_layers, whole.num_attention_heads))
+    for layer, heads in PRUNED_HEADS.items():
+        head_mask_LN[layer, heads] = 0
+    masked = Reference(whole, tensors)(ids, mask_named("holes"), head_mask=head_mask_LN)
+    got = Reference(pruned, pruned_tensors(tensors, whole, pruned))(ids, mask_named("holes"))
+    assert same(got.last_hidden_state, masked.last_hidden_state)
+    for layer in range(whole.num_hidden_layers):
+        assert same(got.attentions[layer], masked.attentions[layer][:, pruned.remaining_heads(layer)])
+
+
+def test_a_mask_of_ones_changes_nothing_and_one_of_all_layers_is_that_of_each():
+    config = config_of("350m style")
+    reference, ids = reference_of(config), token_ids(config)
+    head_mask_N = np.linspace(-1, 2, config.num_attention_heads)
+    plain, ones = (reference(ids, head_mask=mask).last_hidden_state for mask in (None, np.ones(5)))
+    one, each = (reference(ids, head_mask=mask).last_hidden_state for mask in (head_mask_N, [head_mask_N] * 3))
+    assert np.array_equal(plain, ones)
+    assert np.array_equal(one, each)
+    assert not np.allclose(one, plain)
+
+
+def test_the_mask_of_a_pruned_model_keeps_the_old_numbering_and_ignores_what_is_pruned():
+    whole = config_of()
+    pruned = whole.without_heads({1: [0, 3]})
+    tensors, ids = rounded_weights(whole), token_ids(whole)
+    head_mask_LN = np.random.default_rng(0).uniform(0, 1, (3, 5))
+    there, gone = head_mask_LN.copy(), head_mask_LN.copy()
+    there[1, [0, 3]], gone[1, [0, 3]] = 0, np.nan
+    masked = Reference(whole, tensors)(ids, head_mask=there).last_hidden_state
+    got = Reference(pruned, pruned_tensors(tensors, whole, pruned))(ids, head_mask=gone).last_hidden_state
+    assert same(got, masked)
 
 
 # -- laws of padding and time -----------------------------------------------------------------------------------------
@@ -206,7 +256,8 @@ def test_hidden_states_are_the_inputs_of_the_layers_and_the_output():
     assert [states.shape[-1] for states in out.hidden_states] == [35, 35, 35, 19]
     assert np.array_equal(out.hidden_states[-1], out.last_hidden_state)
     attend = np.broadcast_to(np.tri(13, dtype=bool), (4, 13, 13))
-    assert np.array_equal(reference.layer("decoder.layers.0", out.hidden_states[0], attend)[0], out.hidden_states[1])
+    (of_layer_0, _) = reference.layer("decoder.layers.0", out.hidden_states[0], attend, np.ones(5))
+    assert np.array_equal(of_layer_0, out.hidden_states[1])
 
 
 def test_the_head_is_the_word_embeddings_unless_it_is_untied():

@@ -2,8 +2,9 @@
 
 import string
 
+import numpy as np
 import pytest
-from harness import VARIANTS, config_of
+from harness import PRUNED_HEADS, VARIANTS, config_of, pruned_tensors
 
 from opt_core import OPTConfig
 from opt_core.errors import CheckpointError
@@ -19,6 +20,7 @@ from opt_core.schema import (
     tensor_count,
     weights,
 )
+from opt_core.synthetic import random_tensors
 
 # Parameters and tensors of the published files, the tied head not counted.
 PUBLISHED_COUNTS = {
@@ -136,6 +138,37 @@ def test_the_start_and_end_of_an_answer_are_two_whatever_the_number_of_labels():
     config = config_of(num_labels=7)
     assert shapes(config, "question-answering")["qa_outputs.weight"] == (2, 35)
     assert shapes(config, "sequence-classification")["score.weight"] == (7, 35)
+
+
+def test_a_layer_without_some_heads_has_narrower_weights_and_the_others_have_not():
+    whole, pruned = config_of(), config_of(pruned_heads=PRUNED_HEADS)
+    was, now = shapes(whole), shapes(pruned)
+    narrower = {name for name in was if was[name] != now[name]}
+    attention = ["q_proj.weight", "k_proj.weight", "v_proj.weight", "out_proj.weight"]
+    attention += ["q_proj.bias", "k_proj.bias", "v_proj.bias"]
+    assert narrower == {f"decoder.layers.{layer}.self_attn.{name}" for layer in PRUNED_HEADS for name in attention}
+    assert now["decoder.layers.0.self_attn.k_proj.weight"] == (3 * 7, 35)
+    assert now["decoder.layers.2.self_attn.out_proj.weight"] == (35, 2 * 7)
+    assert now["decoder.layers.2.self_attn.v_proj.bias"] == (2 * 7,)
+    assert parameter_count(whole) - parameter_count(pruned) == 5 * 7 * (4 * 35 + 3)
+
+
+def test_the_check_names_a_tensor_of_a_pruned_layer_with_its_own_shape():
+    with pytest.raises(CheckpointError) as caught:
+        check_shapes(shapes(config_of()), config_of(pruned_heads={1: [3]}), source="here")
+    assert "decoder.layers.1.self_attn.q_proj.weight: expected (28, 35), got (35, 35)" in caught.value.problems
+    assert "decoder.layers.1.self_attn.out_proj.weight: expected (35, 28), got (35, 35)" in caught.value.problems
+    assert len(caught.value.problems) == 7
+
+
+def test_pruning_twice_keeps_what_pruning_at_once_keeps():
+    whole = config_of()
+    once, twice = whole.without_heads({1: [2]}), whole.without_heads({1: [2, 4, 0]})
+    tensors = dict(random_tensors(whole))
+    by_steps = pruned_tensors(pruned_tensors(tensors, whole, once), once, twice)
+    at_once = pruned_tensors(tensors, whole, twice)
+    assert {name: array.shape for name, array in at_once.items()} == shapes(twice)
+    assert all(np.array_equal(by_steps[name], at_once[name]) for name in at_once)
 
 
 def test_an_unknown_task_lists_those_there_are():

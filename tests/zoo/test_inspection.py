@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from harness import config_of, save_random
+from harness import PRUNED_HEADS, config_of, save_random
 
 from conversion.index import plan_shards, shard_name
 from conversion.safetensors_file import PlannedTensor, write_file
@@ -35,6 +35,14 @@ def test_inspect_prints_the_same_as_text(opt_zoo, tmp_path):
     assert f"{parameter_count(config_of('350m style')):,}" in out
     assert "post-norm, word embeddings of 19 projected" in out
     assert all(name in out for name in shapes(config_of("350m style")))
+
+
+def test_inspect_says_how_many_heads_are_pruned_and_shows_the_shapes_that_are_left(opt_zoo, tmp_path):
+    folder = save_random(tmp_path, config_of(pruned_heads=PRUNED_HEADS))
+    code, out, _ = opt_zoo("inspect", folder, "--tensors")
+    assert code == 0
+    assert "5 heads (5 of them pruned in 2 layers)" in out
+    assert "14 x 35" in out
 
 
 def test_inspect_lists_every_tensor_that_does_not_fit_and_exits_with_2(opt_zoo, tmp_path):
