@@ -11,16 +11,17 @@ from opt_flax.layers import at_least_float32
 
 
 @jax.jit
-def causal_lm_loss(
-    logits_BTV: Array, labels_BT: Array, attention_mask: Array | None = None, segment_ids: Array | None = None
-) -> Array:
-    """Token t predicts label t + 1. Not counted: labels of -100, predictions at padding, or of another document."""
+def causal_lm_targets(labels_BT: Array, attention_mask: Array | None = None, segment_ids: Array | None = None) -> Array:
+    """What each token is to predict [B, T]: the label after it, -100 where that is not counted.
+
+    Not counted: labels of -100, predictions at padding, those of another document, and what follows the last token.
+    """
     targets_BT = labels_BT[:, 1:]
     if attention_mask is not None:
         targets_BT = jnp.where(attention_mask[:, :-1] != 0, targets_BT, IGNORED_LABEL)
     if segment_ids is not None:
         targets_BT = jnp.where(segment_ids[:, 1:] == segment_ids[:, :-1], targets_BT, IGNORED_LABEL)
-    return cross_entropy(logits_BTV[:, :-1], targets_BT)
+    return jnp.pad(targets_BT, ((0, 0), (0, 1)), constant_values=IGNORED_LABEL)
 
 
 @functools.partial(jax.jit, static_argnames="problem_type")

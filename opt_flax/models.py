@@ -15,6 +15,7 @@ from opt_flax.decoder import Decoder
 from opt_flax.generation import GenerationMixin
 from opt_flax.inputs import as_index, as_tensor, known
 from opt_flax.layers import Embedding, Linear, linear
+from opt_flax.linear_cross_entropy import linear_cross_entropy
 from opt_flax.packing import pool_last_token
 from opt_flax.pretrained import FlaxOPTPreTrainedModel
 
@@ -144,17 +145,24 @@ class FlaxOPTForCausalLM(GenerationMixin, FlaxOPTPreTrainedModel):
         )
         hidden_BTE = out.last_hidden_state
         labels = as_index(labels)
+        loss = logits_BTV = None
         if labels is not None:
             check_labels("labels", known(labels), hidden_BTE.shape[:2], self.config.vocab_size)
-        if logits_to_keep and labels is None:
-            hidden_BTE = hidden_BTE[:, -logits_to_keep:]
-        logits_BTV = self.logits(hidden_BTE)
-        loss = None
-        if labels is not None:
             mask_BT = self.current_mask(attention_mask, hidden_BTE.shape[1])
-            loss = losses.causal_lm_loss(logits_BTV, labels, mask_BT, as_index(segment_ids))
-            logits_BTV = logits_BTV[:, -logits_to_keep:]
+            targets_BT = losses.causal_lm_targets(labels, mask_BT, as_index(segment_ids))
+            loss, logits_BTV = self.task_loss(hidden_BTE, targets_BT, keep_logits=not logits_to_keep)
+        if logits_BTV is None:
+            logits_BTV = self.logits(hidden_BTE[:, -logits_to_keep:])
         return CausalLMOutput(loss, logits_BTV, out.past_key_values, out.hidden_states, out.attentions)
+
+    def task_loss(
+        self, hidden_BTE: Array, targets_BT: Array, *, keep_logits: bool = True
+    ) -> tuple[Array, Array | None]:
+        """The loss, and where they are kept the logits [B, T, V]."""
+        weight_VE = self.get_output_embeddings().weight.get_value()
+        rows = hidden_BTE.reshape(-1, hidden_BTE.shape[-1]), weight_VE, targets_BT.reshape(-1)
+        loss, logits_RV = linear_cross_entropy(*rows, keep_logits)
+        return loss, None if logits_RV is None else logits_RV.reshape(*targets_BT.shape, -1)
 
 
 class FlaxOPTForSequenceClassification(FlaxOPTPreTrainedModel):

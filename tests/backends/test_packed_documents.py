@@ -105,7 +105,7 @@ def test_loss_and_gradients_are_those_of_the_documents_apart(backend, mask_name)
     assert together[0] == pytest.approx(apart[0], rel=1e-6)
     for name, gradient in together[1].items():
         error = np.linalg.norm(gradient - apart[1][name])
-        assert error <= 1e-5 * np.linalg.norm(apart[1][name]) + 1e-8, name
+        assert error <= 1e-5 * np.linalg.norm(apart[1][name]) + 3e-8, name  # 1e-8: k_proj.bias, 0 but for rounding
 
 
 def test_positions_may_be_given(backend):
