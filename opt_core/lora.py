@@ -28,6 +28,7 @@ _TASK_TYPES = {
     "sequence-classification": "SEQ_CLS",
     "question-answering": "QUESTION_ANS",
 }
+_TASKS_WITH_A_HEAD = ("sequence-classification", "question-answering")
 _OWN = frozenset({"peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules"})
 # Fields that say nothing about what a trained adapter computes.
 _INERT = frozenset(
@@ -83,10 +84,14 @@ class LoraConfig:
     # -- adapter_config.json ------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields of PEFT's `adapter_config.json`; those left out have PEFT's defaults, all of them switched off."""
+        """The fields of PEFT's `adapter_config.json`; those left out have PEFT's defaults, all of them switched off.
+
+        A task whose head is trained anew is not said: PEFT asks the files of those two types for that head, too.
+        """
+        task_type = None if self.task is None or self.task in _TASKS_WITH_A_HEAD else _TASK_TYPES[self.task]
         return {
             "peft_type": "LORA",
-            "task_type": _TASK_TYPES[self.task] if self.task else None,
+            "task_type": task_type,
             "base_model_name_or_path": self.base_model_name_or_path,
             "inference_mode": True,
             "r": self.r,
@@ -99,7 +104,7 @@ class LoraConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], *, source: str = "LoraConfig") -> "LoraConfig":
-        """The inverse of `to_dict`, for what any version of PEFT wrote.
+        """What `to_dict` or any version of PEFT wrote.
 
         Raises:
             ConfigError: lists every wrong field, and every one that would change the arithmetic: all but those above

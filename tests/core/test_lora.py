@@ -57,8 +57,16 @@ def test_every_wrong_field_comes_in_one_error():
 
 
 def test_a_config_survives_the_trip_through_published_fields():
-    lora = LoraConfig(5, 7, 0.3, ("fc1", "k_proj"), "question-answering", "facebook/opt-125m")
-    assert LoraConfig.from_dict(lora.to_dict()) == lora
+    for task in ("base", "causal-lm", None):
+        lora = LoraConfig(5, 7, 0.3, ("fc1", "k_proj"), task, "facebook/opt-125m")
+        assert LoraConfig.from_dict(lora.to_dict()) == lora
+
+
+@pytest.mark.parametrize("task", ["sequence-classification", "question-answering"])
+def test_a_task_whose_files_peft_asks_for_a_head_is_not_said(task):
+    lora = LoraConfig(task=task)
+    assert lora.to_dict()["task_type"] is None
+    assert LoraConfig.from_dict(lora.to_dict()) == LoraConfig()
 
 
 @pytest.mark.parametrize(
