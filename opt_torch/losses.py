@@ -1,4 +1,7 @@
-"""Losses of the three tasks, PyTorch: float32 whatever the model's dtype, and 0 where nothing is counted."""
+"""Losses of the three tasks, PyTorch: float32 whatever the model's dtype, and 0 where nothing is counted.
+
+That of a language model is `linear_cross_entropy`; here are its targets.
+"""
 
 import torch
 from torch import Tensor
@@ -7,16 +10,20 @@ from torch.nn import functional as F
 from opt_core.reference import IGNORED_LABEL
 
 
-def causal_lm_loss(
-    logits_BTV: Tensor, labels_BT: Tensor, attention_mask: Tensor | None = None, segment_ids: Tensor | None = None
+def causal_lm_targets(
+    labels_BT: Tensor, attention_mask: Tensor | None = None, segment_ids: Tensor | None = None
 ) -> Tensor:
-    """Token t predicts label t + 1. Not counted: labels of -100, predictions at padding, or of another document."""
-    targets_BT = labels_BT[:, 1:]
+    """What token t predicts, label t + 1, as [B, T]; -100 where that is not counted.
+
+    Not counted: labels of -100, predictions at padding, of another document, or of the last token.
+    """
+    targets_BT = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORED_LABEL)
     if attention_mask is not None:
-        targets_BT = torch.where(attention_mask[:, :-1] != 0, targets_BT, IGNORED_LABEL)
+        targets_BT = torch.where(attention_mask != 0, targets_BT, IGNORED_LABEL)
     if segment_ids is not None:
-        targets_BT = torch.where(segment_ids[:, 1:] == segment_ids[:, :-1], targets_BT, IGNORED_LABEL)
-    return cross_entropy(logits_BTV[:, :-1], targets_BT)
+        same_BT = F.pad(segment_ids[:, 1:] == segment_ids[:, :-1], (0, 1))
+        targets_BT = torch.where(same_BT, targets_BT, IGNORED_LABEL)
+    return targets_BT
 
 
 def classification_loss(logits_BK: Tensor, labels: Tensor, problem_type: str) -> Tensor:

@@ -1,7 +1,7 @@
 """The published classes, PyTorch: base model, causal language model, sequence classification, question answering."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from opt_core.checks import check_labels
 from opt_core.config import OPTConfig
@@ -13,6 +13,7 @@ from opt_torch.decoder import Decoder
 from opt_torch.generation import GenerationMixin
 from opt_torch.inputs import as_index, as_tensor, known
 from opt_torch.layers import Linear
+from opt_torch.linear_cross_entropy import linear_cross_entropy
 from opt_torch.packing import pool_last_token
 from opt_torch.pretrained import OPTPreTrainedModel
 
@@ -126,17 +127,26 @@ class OPTForCausalLM(GenerationMixin, OPTPreTrainedModel):
         )
         hidden_BTE = out.last_hidden_state
         labels = as_index(labels, self.device)
+        loss = logits_BTV = None
         if labels is not None:
             check_labels("labels", known(labels), hidden_BTE.shape[:2], self.config.vocab_size)
-        if logits_to_keep and labels is None:
-            hidden_BTE = hidden_BTE[:, -logits_to_keep:]
-        logits_BTV = self.logits(hidden_BTE)
-        loss = None
-        if labels is not None:
             mask_BT = self.current_mask(attention_mask, hidden_BTE.shape[1])
-            loss = losses.causal_lm_loss(logits_BTV, labels, mask_BT, as_index(segment_ids, self.device))
-            logits_BTV = logits_BTV[:, -logits_to_keep:]
+            targets_BT = losses.causal_lm_targets(labels, mask_BT, as_index(segment_ids, self.device))
+            loss, logits_BTV = self.task_loss(hidden_BTE, targets_BT, keep_logits=not logits_to_keep)
+        if logits_BTV is None:
+            logits_BTV = self.logits(hidden_BTE[:, -logits_to_keep:])
         return CausalLMOutput(loss, logits_BTV, out.past_key_values, out.hidden_states, out.attentions)
+
+    def task_loss(
+        self, hidden_BTE: Tensor, targets_BT: Tensor, *, keep_logits: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """The loss, and where they are kept the logits [B, T, V]."""
+        if not _is_plain(self.lm_head):
+            logits_BTV = self.logits(hidden_BTE)
+            return losses.cross_entropy(logits_BTV, targets_BT), logits_BTV if keep_logits else None
+        rows = hidden_BTE.flatten(0, 1), self.lm_head.weight, targets_BT.flatten()
+        loss, logits_RV = linear_cross_entropy(*rows, keep_logits)
+        return loss, None if logits_RV is None else logits_RV.view(*targets_BT.shape, -1)
 
 
 class OPTForSequenceClassification(OPTPreTrainedModel):
@@ -255,3 +265,10 @@ class OPTForQuestionAnswering(OPTPreTrainedModel):
         for name, positions_B in (("start_positions", starts_B), ("end_positions", ends_B)):
             check_labels(name, known(positions_B), start_BT.shape[:1], torch.iinfo(torch.int64).max)
         return losses.question_answering_loss(start_BT, end_BT, starts_B, ends_B, mask_BT)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether the weight of this linear module says all: an adapter or a hook may compute more than `linear`."""
+    return type(module) is Linear and not (
+        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    )

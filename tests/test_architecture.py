@@ -126,8 +126,9 @@ def outline(path: Path) -> list[str]:
     """The public classes, functions and methods of a file in their order, without the prefixes of class names."""
     lines = []
     for node in ast.parse(path.read_text()).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
-            lines.append(_neutral(node.name))
+        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"):
+            continue
+        lines.append(_neutral(node.name))
         if isinstance(node, ast.ClassDef):
             methods = (item for item in node.body if isinstance(item, ast.FunctionDef))
             public = (m.name for m in methods if not m.name.startswith("_") or m.name in SAME_METHOD)
