@@ -212,6 +212,19 @@ def pad_rows(examples: Sequence[Mapping[str, Any]], width: int, pad_token_id: in
     return batch | {name: np.stack([np.asarray(example[name]) for example in examples]) for name in names}
 
 
+def count_targets(batch: Mapping[str, np.ndarray]) -> int:
+    """How many tokens the loss of a causal language model counts: the weight of the mean loss of a batch.
+
+    As in `opt_core.reference.causal_lm_loss`: no labels of -100, no predictions at padding or of another document.
+    """
+    counted_BT = batch["labels"][:, 1:] != IGNORED_LABEL
+    if "attention_mask" in batch:
+        counted_BT = counted_BT & (batch["attention_mask"][:, :-1] != 0)
+    if "segment_ids" in batch:
+        counted_BT = counted_BT & (batch["segment_ids"][:, 1:] == batch["segment_ids"][:, :-1])
+    return int(counted_BT.sum())
+
+
 def permutation(count: int, seed: int, epoch: int, stream: int = 0) -> np.ndarray:
     """The numbers from 0 to `count` - 1 in the order of as many 64-bit words of Philox."""
     words = np.random.Philox(key=seed, counter=[0, 0, stream, epoch]).random_raw(count)

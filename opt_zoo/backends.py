@@ -86,9 +86,9 @@ class Backend(NamedTuple):
         prefix = self.causal_lm.removesuffix(CLASSES["causal-lm"])
         return getattr(importlib.import_module(self.package), prefix + CLASSES[task])
 
-    @property
-    def trainer_class(self) -> Any:
-        return importlib.import_module(f"{self.package}.training").Trainer
+    def part(self, name: str) -> Any:
+        """A module of the backend, such as `training` or `lora`: all three have the same ones."""
+        return importlib.import_module(f"{self.package}.{name}")
 
     @property
     def versions(self) -> dict[str, str]:

@@ -83,6 +83,7 @@ def train(
 
     if resumed_from is None:
         validated()
+        save(trainer, folder, keep)  # what began at random does not begin otherwise after a kill
     else:
         console.print(f"going on after step {resumed_from}")
     with step_bar(console, steps, trainer.step_count) as show:

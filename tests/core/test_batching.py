@@ -6,7 +6,7 @@ from harness import config_of, reference_of, token_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opt_core.batching import Batches, PackedDocuments, pad_rows, permutation
+from opt_core.batching import Batches, PackedDocuments, count_targets, pad_rows, permutation
 from opt_core.errors import InputError
 from opt_core.reference import causal_lm_loss
 
@@ -42,6 +42,25 @@ def test_each_separate_document_ends_with_the_token_that_ends_a_text():
     stream = PackedDocuments(DOCUMENTS, LENGTH, separate_documents=False)
     assert stream.ids.tolist() == [token for document in DOCUMENTS for token in document]
     assert "segment_ids" not in stream[0]
+
+
+def test_targets_are_counted_as_the_loss_counts_them():
+    """A logit of the right token that is 1 higher than the others: each counted target has the same loss."""
+    rng = np.random.default_rng(0)
+    batch = dict(Batches(PackedDocuments(DOCUMENTS, LENGTH), 3).at(0), attention_mask=rng.integers(0, 2, (3, LENGTH)))
+    for names in (("labels",), ("labels", "segment_ids"), ("labels", "attention_mask"), tuple(batch)):
+        chosen = {name: batch[name] for name in names}
+        masks = {name: batch[name] for name in ("attention_mask", "segment_ids") if name in names}
+        losses = rng.random((3, LENGTH, 211))
+        mean = causal_lm_loss(losses, batch["labels"], **masks)
+        total = 0.0
+        for row in range(3):
+            for column in range(1, LENGTH):  # one target at a time
+                single = np.full_like(batch["labels"], -100)
+                single[row, column] = batch["labels"][row, column]
+                total += causal_lm_loss(losses, single, **masks)
+        assert mean * count_targets(chosen) == pytest.approx(total)
+        assert 0 < count_targets(chosen) < 3 * LENGTH
 
 
 @pytest.mark.parametrize("length", [5, 7, 41])

@@ -17,10 +17,10 @@ from opt_zoo.training_loop import train
 class FakeTrainer:
     """Each step moves the weights towards the mean of the batch, with noise from (seed, step)."""
 
-    def __init__(self, recipe: TrainingRecipe | None = None, seed: int = 0, pause: float = 0.0):
+    def __init__(self, recipe: TrainingRecipe | None = None, seed: int = 0, pause: float = 0.0, start=None):
         self.recipe, self.seed, self.accumulate, self.pause = recipe or TrainingRecipe(), seed, 1, pause
         self.step_count, self.gradient_norm = 0, 0.0
-        self.weights = np.zeros(3)
+        self.weights = np.zeros(3) if start is None else start
 
     def step(self, batch) -> float:
         time.sleep(self.pause)
@@ -46,8 +46,17 @@ def examples(count: int = 13) -> list[dict[str, np.ndarray]]:
     return [{"input_ids": np.full(5, number)} for number in range(count)]
 
 
-def run(folder, steps: int, *, pause: float = 0.0, seed: int = 0, recipe: TrainingRecipe | None = None, **options):
-    trainer = FakeTrainer(recipe or TrainingRecipe(learning_rate=0.1), seed, pause)
+def run(
+    folder,
+    steps: int,
+    *,
+    pause: float = 0.0,
+    seed: int = 0,
+    recipe: TrainingRecipe | None = None,
+    start=None,
+    **options,
+):
+    trainer = FakeTrainer(recipe or TrainingRecipe(learning_rate=0.1), seed, pause, start)
     batches = options.pop("batches", None) or Batches(examples(), 3, seed=seed)
     usual = dict(validate=lambda: {"distance": np.abs(trainer.weights).sum()}, validate_every=5, save_every=3)
     return train(trainer, batches, steps, folder, **{**usual, **options}), trainer

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fake_trainer import FakeTrainer, examples, run
 from rich.console import Console
@@ -67,7 +68,7 @@ def test_what_was_done_after_the_last_checkpoint_is_done_again(folder, unbroken,
     result, _ = run(folder, STEPS)
     assert result.losses == unbroken[0].losses
     assert result.validations == unbroken[0].validations
-    assert result.resumed_from == (at // 3 * 3 or None)
+    assert result.resumed_from == at // 3 * 3
 
 
 def test_a_run_killed_at_any_moments_equals_an_unbroken_one(folder, unbroken):
@@ -108,6 +109,16 @@ def test_a_checkpoint_that_was_not_finished_is_none(folder, unbroken, monkeypatc
     result, _ = run(folder, STEPS)
     assert result.resumed_from == 7
     assert result.losses == unbroken[0].losses
+
+
+def test_weights_that_began_at_random_are_kept_from_the_start(folder, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(FakeTrainer, "step", lambda self, batch: (_ for _ in ()).throw(Stopped))
+        with pytest.raises(Stopped):
+            run(folder, 2, start=np.array([3.0, 5.0, 7.0]))
+    result, _ = run(folder, 2, start=np.array([0.1, 0.2, 0.3]))
+    assert result.losses == run(folder.with_name("unbroken"), 2, start=np.array([3.0, 5.0, 7.0]))[0].losses
+    assert result.validations[0] == (0, {"distance": 15.0})
 
 
 def test_the_last_checkpoints_stay_and_older_ones_go(folder):
