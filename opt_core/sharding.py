@@ -139,11 +139,9 @@ def spec_of(dims: str, mesh: Mesh, rules: Rules = RULES) -> Spec:
 
 
 def _problems(config: OPTConfig, mesh: Mesh, rules: Rules, task: str) -> Iterator[str]:
-    for letter in {letter: None for letter, _ in rules.weights if letter not in AXES}:
-        yield f"rules: expected letters of the schema, got {letter!r}"
-    for axis in mesh.names:
-        if axis not in rules.axes:
-            yield f"axis {axis!r}: expected one of the rules', {', '.join(sorted(rules.axes))}"
+    yield from (f"rules: expected letters of the schema, got {x!r}" for x, _ in rules.weights if x not in AXES)
+    known = ", ".join(sorted(rules.axes))
+    yield from (f"axis {x!r}: expected one of the rules', {known}" for x in mesh.names if x not in rules.axes)
     for weight in weights(config, task):
         for dim, axis in enumerate(spec_of(weight.dims, mesh, rules)):
             if axis is not None:
