@@ -16,6 +16,7 @@ VARIANTS = {
     "no-bias": dict(enable_bias=False),
     "non-affine": dict(layer_norm_elementwise_affine=False),
     "untied": dict(tie_word_embeddings=False),
+    "pruned": dict(pruned_heads={0: [1], 2: [0]}),
 }
 NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 

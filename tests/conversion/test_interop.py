@@ -23,6 +23,10 @@ CLASSES = {
 }
 
 
+# transformers 4.57.6 has no pruned OPT: a config that names pruned heads ends in an AttributeError of its own.
+PRUNED = {"pruned"}
+
+
 def as_torch(array: np.ndarray) -> torch.Tensor:
     if array.dtype == NUMPY_DTYPES["bfloat16"]:
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
@@ -43,7 +47,7 @@ def published_model(config, task: str, dtype: str = "float32"):
 
 
 @pytest.mark.parametrize("format", ["safetensors", "torch-bin"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", sorted(VARIANTS.keys() - PRUNED))
 def test_transformers_loads_what_is_written(tmp_path, variant, format):
     config = config_of(variant)
     tensors = tensors_of(config, dtype="bfloat16")
@@ -84,7 +88,9 @@ def test_what_transformers_saves_is_read(tmp_path, task, shard_size, safe):
 
 
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
-@pytest.mark.parametrize("variant", sorted(VARIANTS.keys() - {"non-affine"}))  # 4.57.6 cannot build the last one
+@pytest.mark.parametrize(
+    "variant", sorted(VARIANTS.keys() - PRUNED - {"non-affine"})
+)  # 4.57.6 cannot build the last one
 def test_every_variant_that_transformers_saves_is_read(tmp_path, variant, safe):
     config = config_of(variant)
     published_model(config, "causal-lm").save_pretrained(tmp_path, safe_serialization=safe)
