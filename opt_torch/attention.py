@@ -29,16 +29,17 @@ FEW_TOKENS = 8  # a step of so many reads the cache once for each: still less th
 class Attention(nn.Module):
     """Queries at T positions attend to the keys at and before them (Vaswani et al., arXiv:1706.03762, section 3.2)."""
 
-    def __init__(self, config: OPTConfig, attn_implementation: str):
+    def __init__(self, config: OPTConfig, layer: int, attn_implementation: str):
         super().__init__()
-        self.num_heads, self.head_size = config.num_attention_heads, config.head_size
+        self.num_heads, self.head_size = config.heads_of(layer), config.head_size
         self.attn_implementation = attn_implementation
         self.dropout = config.attention_dropout
+        width, joined = config.hidden_size, self.num_heads * self.head_size
         shape = dict(bias=config.enable_bias, init_std=config.init_std)
-        self.k_proj = Linear(config.hidden_size, config.hidden_size, **shape)
-        self.v_proj = Linear(config.hidden_size, config.hidden_size, **shape)
-        self.q_proj = Linear(config.hidden_size, config.hidden_size, **shape)
-        self.out_proj = Linear(config.hidden_size, config.hidden_size, **shape)
+        self.k_proj = Linear(width, joined, **shape)
+        self.v_proj = Linear(width, joined, **shape)
+        self.q_proj = Linear(width, joined, **shape)
+        self.out_proj = Linear(joined, width, **shape)
 
     def forward(
         self,
@@ -48,11 +49,13 @@ class Attention(nn.Module):
         output_attentions: bool,
         first_BT: Tensor | None = None,
         segments: Segments | None = None,
+        head_mask_N: Tensor | None = None,
     ) -> tuple[Tensor, LayerCache, Tensor | None]:
         """Returns the output [B, T, D], the keys and values with those of this call, and the weights or None.
 
         `past` has room for them in `slots`; without it the tokens of this call are all there is, and a query
         may be kept from those before slot `first_BT`. `segments` are what follows from that and from padding.
+        `head_mask_N` scales the output of each head, which is the same as scaling its weights.
         """
         q_BNTH = self.split_heads(self.q_proj(x_BTD) * self.head_size**-0.5)
         k_BNSH = self.split_heads(self.k_proj(x_BTD))
@@ -63,6 +66,8 @@ class Attention(nn.Module):
         same = q_BNTH.dtype  # a cache may have another dtype; `to` copies nothing where it has not
         qkv = q_BNTH, k_BNSH.to(same), v_BNSH.to(same)
         heads_BNTH, weights_BNTS = self.attend(*qkv, slots, output_attentions, first_BT, segments)
+        if head_mask_N is not None:
+            heads_BNTH = heads_BNTH * head_mask_N[:, None, None].to(heads_BNTH.dtype)
         return self.out_proj(self.merge_heads(heads_BNTH)), (k_BNSH, v_BNSH), weights_BNTS
 
     def attend(

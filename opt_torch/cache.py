@@ -44,10 +44,11 @@ class Slots(NamedTuple):
 
 def init_cache(config: OPTConfig, batch_size: int, capacity: int, *, dtype, device=None) -> Cache:
     """An empty cache for `batch_size` rows of up to `capacity` tokens."""
-    shape = (batch_size, config.num_attention_heads, capacity, config.head_size)
 
     def buffers() -> tuple[Tensor, ...]:
-        return tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers))
+        heads = (config.heads_of(layer) for layer in range(config.num_hidden_layers))
+        shapes = ((batch_size, N, capacity, config.head_size) for N in heads)
+        return tuple(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
 
     return Cache(buffers(), buffers(), torch.zeros(batch_size, dtype=torch.int64, device=device))
 

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from opt_core.config import POSITION_OFFSET, OPTConfig
 from opt_core.outputs import BaseModelOutput
@@ -16,14 +17,14 @@ from opt_torch.segments import Segments, make_segments
 class DecoderLayer(nn.Module):
     """Attention and feed-forward, each with a residual; norms before them, or after them (350m)."""
 
-    def __init__(self, config: OPTConfig, attn_implementation: str):
+    def __init__(self, config: OPTConfig, layer: int, attn_implementation: str):
         super().__init__()
         self.pre_norm = config.do_layer_norm_before
         self.dropout = nn.Dropout(config.dropout)
         activation = config.activation_function
         self.activation = activation if callable(activation) else ACTIVATION_FUNCTIONS[activation]
         affine, shape = config.layer_norm_elementwise_affine, dict(bias=config.enable_bias, init_std=config.init_std)
-        self.self_attn = Attention(config, attn_implementation)
+        self.self_attn = Attention(config, layer, attn_implementation)
         self.self_attn_layer_norm = LayerNorm(config.hidden_size, affine=affine)
         self.fc1 = Linear(config.hidden_size, config.ffn_dim, **shape)
         self.fc2 = Linear(config.ffn_dim, config.hidden_size, **shape)
@@ -37,11 +38,13 @@ class DecoderLayer(nn.Module):
         output_attentions: bool,
         first_BT: Tensor | None = None,
         segments: Segments | None = None,
+        head_mask_N: Tensor | None = None,
     ) -> tuple[Tensor, LayerCache, Tensor | None]:
         residual_BTD = x_BTD
         if self.pre_norm:
             x_BTD = self.self_attn_layer_norm(x_BTD)
-        x_BTD, present, weights_BNTS = self.self_attn(x_BTD, past, slots, output_attentions, first_BT, segments)
+        given = past, slots, output_attentions, first_BT, segments, head_mask_N
+        x_BTD, present, weights_BNTS = self.self_attn(x_BTD, *given)
         x_BTD = residual_BTD + self.dropout(x_BTD)
         if not self.pre_norm:
             x_BTD = self.self_attn_layer_norm(x_BTD)
@@ -68,12 +71,15 @@ class Decoder(nn.Module):
         self.project_in = self.project_out = None
         if config.has_projections:
             self.project_in = Linear(embed_size, hidden_size, bias=False, init_std=std)
-        self.layers = nn.ModuleList(DecoderLayer(config, attn_implementation) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, i, attn_implementation) for i in range(config.num_hidden_layers)
+        )
         self.final_layer_norm = None
         if config.has_final_layer_norm:
             self.final_layer_norm = LayerNorm(hidden_size, affine=config.layer_norm_elementwise_affine)
         if config.has_projections:
             self.project_out = Linear(hidden_size, embed_size, bias=False, init_std=std)
+        self.gradient_checkpointing: dict | None = None  # options of `checkpoint`, where training is to use it
 
     def forward(
         self,
@@ -86,6 +92,7 @@ class Decoder(nn.Module):
         output_attentions: bool = False,
         output_hidden_states: bool = False,
         segment_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
     ) -> BaseModelOutput:
         x_BTE = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         packing = None if attention_mask is None else make_packing(attention_mask[:, -x_BTE.shape[1] :])
@@ -102,13 +109,19 @@ class Decoder(nn.Module):
 
         slots = None if past is None else slots_behind(past.lengths, x_BTD.shape[1])
         segments = None if past is not None else self._segments(x_BTD, first_BT, packing)
+        head_mask_LN = self.split_head_mask(head_mask)
+        recomputes = self.gradient_checkpointing is not None and self.training and past is None and not use_cache
         inputs, presents, attentions = [], [], []
         for i, layer in enumerate(self.layers):
             inputs.append(x_BTD)
             past_layer = None if past is None else (past.keys[i], past.values[i])
-            y_BTD, present, weights_BNTS = layer(x_BTD, past_layer, slots, output_attentions, first_BT, segments)
+            given = past_layer, slots, output_attentions, first_BT, segments, head_mask_LN[i]
+            if recomputes:
+                y_BTD, present, weights_BNTS = checkpoint(layer, x_BTD, *given, **self.gradient_checkpointing)
+            else:
+                y_BTD, present, weights_BNTS = layer(x_BTD, *given)
             x_BTD = self.drop_layer(x_BTD, y_BTD)
-            presents.append(present)
+            presents.append(present if use_cache else None)
             attentions.append(weights_BNTS)
         if self.final_layer_norm is not None:
             x_BTD = self.final_layer_norm(x_BTD)
@@ -153,6 +166,13 @@ class Decoder(nn.Module):
             return None
         lengths_B = None if packing is None else packing.lengths_B
         return make_segments(*x_BTD.shape[:2], first_BT, lengths_B, x_BTD.device)
+
+    def split_head_mask(self, head_mask: Tensor | None) -> list[Tensor | None]:
+        """The mask of each layer, of the heads that it has."""
+        if head_mask is None:
+            return [None] * len(self.layers)
+        masks_LN = head_mask.expand(len(self.layers), -1)
+        return [masks_LN[i, self.config.remaining_heads(i)] for i in range(len(self.layers))]
 
     def drop_layer(self, x_BTD: Tensor, y_BTD: Tensor) -> Tensor:
         """LayerDrop (Fan et al., arXiv:1909.11556): in training, a layer is skipped with probability `layerdrop`."""

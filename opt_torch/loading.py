@@ -73,11 +73,11 @@ class LoadingMixin:
         with torch.device("meta"):
             model = cls(pretrained.config, attn_implementation=attn_implementation)
         for name in pretrained.new:
-            owner, _ = _owner(model, published_name(name, cls.task))
+            owner, _ = owner_of(model, published_name(name, cls.task))
             owner.to_empty(device=device).to(dtype).reset_parameters()
         stored = [name for name in shapes(pretrained.config, cls.task) if name not in pretrained.new]
         for name, array in read_parameters(pretrained.checkpoint, stored, pretrained.dtype):
-            owner, attribute = _owner(model, published_name(name, cls.task))
+            owner, attribute = owner_of(model, published_name(name, cls.task))
             setattr(owner, attribute, nn.Parameter(from_numpy(array).to(device)))
         model.tie_weights()
         return model.eval()
@@ -112,7 +112,7 @@ class LoadingMixin:
 
     def weight(self, name: str) -> Tensor:
         """The parameter of a canonical name, e.g. `decoder.layers.0.fc1.weight`."""
-        owner, attribute = _owner(self, published_name(name, self.task))
+        owner, attribute = owner_of(self, published_name(name, self.task))
         return getattr(owner, attribute)
 
 
@@ -144,7 +144,8 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
     return tensor.numpy()
 
 
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds what a dotted name says, and the name it has there."""
     path, _, attribute = name.rpartition(".")
     return model.get_submodule(path), attribute
 

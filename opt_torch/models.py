@@ -42,6 +42,7 @@ class OPTModel(OPTPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         segment_ids=None,
+        head_mask=None,
         **unknown,
     ) -> BaseModelOutput:
         """Hidden states [B, T, E] of `input_ids` [B, T] or `inputs_embeds` [B, T, E].
@@ -52,6 +53,7 @@ class OPTModel(OPTPreTrainedModel):
             past_key_values: a cache to continue; it is written in place.
             segment_ids: [B, T], several documents in a row: tokens see those of the same run of ids, and positions
                 count from its beginning.
+            head_mask: [L, N], or [N] for all layers: what the output of each head is multiplied with.
 
         Raises:
             InputError: lists every argument that is out of range or of the wrong shape.
@@ -67,6 +69,7 @@ class OPTModel(OPTPreTrainedModel):
             output_hidden_states,
             unknown,
             segment_ids=segment_ids,
+            head_mask=head_mask,
         )
 
 
@@ -105,6 +108,7 @@ class OPTForCausalLM(GenerationMixin, OPTPreTrainedModel):
         output_hidden_states: bool | None = None,
         logits_to_keep: int = 0,
         segment_ids=None,
+        head_mask=None,
         **unknown,
     ) -> CausalLMOutput:
         """Logits [B, T, V], or of the last `logits_to_keep` tokens; the loss where `labels` [B, T] are given.
@@ -124,6 +128,7 @@ class OPTForCausalLM(GenerationMixin, OPTPreTrainedModel):
             unknown,
             logits_to_keep,
             segment_ids,
+            head_mask,
         )
         hidden_BTE = out.last_hidden_state
         labels = as_index(labels, self.device)
@@ -170,6 +175,7 @@ class OPTForSequenceClassification(OPTPreTrainedModel):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        head_mask=None,
         **unknown,
     ) -> SequenceClassifierOutput:
         """Logits [B, K]; the loss where `labels` are given: [B] classes, [B] or [B, K] numbers, or [B, K] of 0 and 1.
@@ -186,6 +192,7 @@ class OPTForSequenceClassification(OPTPreTrainedModel):
             output_attentions,
             output_hidden_states,
             unknown,
+            head_mask=head_mask,
         )
         hidden_BTE = out.last_hidden_state
         mask_BT = self.current_mask(attention_mask, hidden_BTE.shape[1])
@@ -230,6 +237,7 @@ class OPTForQuestionAnswering(OPTPreTrainedModel):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        head_mask=None,
         **unknown,
     ) -> QuestionAnsweringOutput:
         """Start and end logits [B, T]; the loss where `start_positions` and `end_positions` [B] are given.
@@ -246,6 +254,7 @@ class OPTForQuestionAnswering(OPTPreTrainedModel):
             output_attentions,
             output_hidden_states,
             unknown,
+            head_mask=head_mask,
         )
         hidden_BTE = out.last_hidden_state
         mask_BT = self.current_mask(attention_mask, hidden_BTE.shape[1])

@@ -1,20 +1,23 @@
 """What the published classes share, PyTorch: the checked call, embeddings, cache, loading."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from opt_core.checks import arguments_of, check_config, check_inputs, check_keywords
-from opt_core.config import OPTConfig
+from opt_core.config import POSITION_OFFSET, OPTConfig
+from opt_core.errors import InputError
+from opt_core.lora import LoraConfig
 from opt_core.outputs import BaseModelOutput
+from opt_core.schema import kept_by_pruning, published_name, weights
 from opt_torch.attention import check_implementation
 from opt_torch.cache import Cache, init_cache
 from opt_torch.decoder import Decoder
 from opt_torch.inputs import as_index, as_tensor, known, known_cache
 from opt_torch.layers import Embedding, Linear
-from opt_torch.loading import LoadingMixin, accept_published_names
+from opt_torch.loading import LoadingMixin, accept_published_names, owner_of
 
 
 class OPTPreTrainedModel(LoadingMixin, nn.Module):
@@ -29,6 +32,7 @@ class OPTPreTrainedModel(LoadingMixin, nn.Module):
         self.register_load_state_dict_pre_hook(accept_published_names)
         self.config = config
         self.attn_implementation = attn_implementation
+        self.lora: LoraConfig | None = None
 
     @property
     def base_model(self) -> "OPTPreTrainedModel":
@@ -47,6 +51,21 @@ class OPTPreTrainedModel(LoadingMixin, nn.Module):
         self.attn_implementation = attn_implementation
         for layer in self.base_model.decoder.layers:
             layer.self_attn.attn_implementation = attn_implementation
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping | None = None) -> None:
+        """From here on, training keeps the inputs of layers alone, and computes the rest again for the gradients.
+
+        The options are those of `torch.utils.checkpoint.checkpoint`.
+        """
+        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        self.base_model.decoder.gradient_checkpointing = options
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.base_model.decoder.gradient_checkpointing = None
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self.base_model.decoder.gradient_checkpointing is not None
 
     def num_parameters(self, only_trainable: bool = False) -> int:
         """The number of parameters, a tied head counted once."""
@@ -87,9 +106,54 @@ class OPTPreTrainedModel(LoadingMixin, nn.Module):
             self.lm_head = _with_rows_of(
                 head, Linear(config.word_embed_proj_dim, new_num_tokens, bias=False, init_std=config.init_std)
             )
-        self.config.vocab_size = new_num_tokens
+        self._set_config(config)
         self.tie_weights()
         return self.get_input_embeddings()
+
+    def resize_position_embeddings(self, new_num_position_embeddings: int) -> None:
+        """Makes room for sequences of so many tokens; keeps the first rows, new ones start as in a new model.
+
+        An optimizer made before has the old parameter: make another.
+        """
+        config = self.config.replace(max_position_embeddings=new_num_position_embeddings)
+        rows, decoder = new_num_position_embeddings + POSITION_OFFSET, self.base_model.decoder
+        new = Embedding(rows, config.hidden_size, init_std=config.init_std)
+        decoder.embed_positions = _with_rows_of(decoder.embed_positions, new)
+        self._set_config(config)
+
+    def prune_heads(self, heads_to_prune: Mapping[int, Iterable[int]]) -> None:
+        """Takes heads out of layers for good: {layer: heads}, numbered as before any was pruned.
+
+        The config, which is then the model's own, keeps them as `pruned_heads`, files as well. Heads that are gone
+        already may be named again. An optimizer made before has the old parameters: make another.
+
+        Raises:
+            ConfigError: lists every layer or head that there is not, and every layer that would have no head left.
+            InputError: the model has adapters.
+        """
+        if self.lora is not None:
+            raise InputError("prune_heads", ["model: expected one without adapters; merge_lora makes it one"])
+        before, after = self.config, self.config.without_heads(heads_to_prune)
+        for weight in weights(before, self.task):
+            place = kept_by_pruning(weight, before, after)
+            if place is not None:
+                self._keep(weight.name, *place)
+        for layer, attention in enumerate(layer.self_attn for layer in self.base_model.decoder.layers):
+            attention.num_heads = after.heads_of(layer)
+        self._set_config(after)
+
+    def _keep(self, name: str, axis: int, index: list[int]) -> None:
+        """Shortens a parameter to some indices along one axis."""
+        owner, attribute = owner_of(self, published_name(name, self.task))
+        old = getattr(owner, attribute)
+        kept = old.detach().index_select(axis, torch.tensor(index, device=old.device))
+        setattr(owner, attribute, nn.Parameter(kept, requires_grad=old.requires_grad))
+        owner.out_features, owner.in_features = owner.weight.shape
+
+    def _set_config(self, config: OPTConfig) -> None:
+        """From here on this is the config, and the one that the model was made with stays as it is."""
+        for owner in (self, self.base_model, self.base_model.decoder):
+            owner.config = config
 
     # -- the call -----------------------------------------------------------------------------------------------------
 
@@ -103,6 +167,7 @@ class OPTPreTrainedModel(LoadingMixin, nn.Module):
         logits_to_keep: int = 0,
         segment_ids=None,
         use_cache: bool | None = None,
+        head_mask=None,
     ) -> None:
         """Raises one InputError with everything wrong; to call before a compiled function, which sees no values."""
         check_inputs(
@@ -115,6 +180,7 @@ class OPTPreTrainedModel(LoadingMixin, nn.Module):
             logits_to_keep=logits_to_keep,
             segment_ids=known(as_index(segment_ids, self.device)),
             use_cache=use_cache,
+            head_mask=known(as_tensor(head_mask, self.device)),
         )
 
     def decode(
@@ -130,12 +196,13 @@ class OPTPreTrainedModel(LoadingMixin, nn.Module):
         unknown: Iterable[str],
         logits_to_keep: int = 0,
         segment_ids=None,
+        head_mask=None,
     ) -> BaseModelOutput:
         """Takes defaults from the config, checks everything, and runs the decoder."""
         config, device = self.config, self.device
         check_keywords(unknown, arguments_of(self.forward))
         given = (input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, logits_to_keep)
-        self.check_inputs(*given, segment_ids, use_cache)
+        self.check_inputs(*given, segment_ids, use_cache, head_mask)
         attention_mask = as_tensor(attention_mask, device)
         if attention_mask is not None and not torch.compiler.is_compiling() and attention_mask.all():
             attention_mask = None  # nothing to pack, and no mask where none is needed
@@ -149,6 +216,7 @@ class OPTPreTrainedModel(LoadingMixin, nn.Module):
             config.output_attentions if output_attentions is None else output_attentions,
             config.output_hidden_states if output_hidden_states is None else output_hidden_states,
             as_index(segment_ids, device),
+            as_tensor(head_mask, device, self.dtype),
         )
 
     def current_mask(self, attention_mask, tokens: int) -> Tensor | None:

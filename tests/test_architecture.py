@@ -141,7 +141,7 @@ def _neutral(name: str) -> str:
 
 
 # The name by which a framework calls a module, and what only one framework needs: in PyTorch, what a compiler would
-# find to be the same in all layers.
+# find to be the same in all layers; an adapter, which in Keras belongs to the layer itself (`enable_lora`).
 SAME_METHOD = {"call": "forward", "__call__": "forward"}
 FRAMEWORK_ONLY = {
     "opt_torch": {
@@ -151,6 +151,7 @@ FRAMEWORK_ONLY = {
         "Embedding.reset_parameters",
         "Slots",
         "slots_behind",
+        *("LoraLinear", "LoraLinear.forward", "LoraLinear.merged"),
     },
     "opt_tf": set(),
     "opt_flax": set(),

@@ -1,0 +1,44 @@
+"""The optimizer, PyTorch: `torch.optim.AdamW` and a schedule with the equations of `opt_core.optimization`.
+
+Clipping is not the optimizer's in PyTorch: `torch.nn.utils.clip_grad_norm_` has the recipe's equation.
+"""
+
+import torch
+from torch import nn
+
+from opt_core.optimization import TrainingRecipe, is_decayed
+
+
+def make_optimizer(
+    model: nn.Module, recipe: TrainingRecipe
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    """An optimizer and its schedule, which together take the steps of `opt_core.optimization.adamw_step`.
+
+    It changes what requires a gradient, in two groups: what is decayed, and what is not. Moments have the dtypes of the
+    parameters. Call `step` of both after each `backward` and `clip_grad_norm_(parameters, recipe.max_gradient_norm)`.
+    """
+    groups = {recipe.weight_decay: [], 0.0: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[recipe.weight_decay if _is_decayed(name, parameter) else 0.0].append(parameter)
+    optimizer = torch.optim.AdamW(
+        [dict(params=parameters, weight_decay=decay) for decay, parameters in groups.items() if parameters],
+        lr=1.0,  # the schedule multiplies it with the rate of the step
+        betas=(recipe.beta1, recipe.beta2),
+        eps=recipe.epsilon,
+        fused=True,
+    )
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(recipe.learning_rate_at(step)))
+
+
+def name_of(name: str) -> str:
+    """The canonical name of a parameter, from its name in the model."""
+    name = name.removeprefix("model.")
+    return f"{name}.weight" if name.endswith((".lora_A", ".lora_B")) else name
+
+
+def _is_decayed(name: str, parameter: nn.Parameter) -> bool:
+    try:
+        return is_decayed(name_of(name))
+    except ValueError:  # of a module that is not ours: matrices, as everywhere
+        return parameter.ndim > 1
