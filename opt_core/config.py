@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, ClassVar, TypeGuard
 
 from opt_core.errors import ConfigError, raise_if
 from opt_core.json_file import read_json_object
@@ -103,6 +103,7 @@ class OPTConfig:
     architectures: list[str] | None = None
     pruned_heads: dict[int, list[int]] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    model_type: ClassVar[str] = "opt"
 
     def __post_init__(self):
         if self.word_embed_proj_dim is None:
@@ -289,8 +290,8 @@ class OPTConfig:
             ConfigError: lists every wrong field, naming `source`.
         """
         fields, problems = dict(fields), []
-        if fields.get("model_type", "opt") != "opt":
-            problems.append(f"model_type: expected 'opt', got {fields['model_type']!r}")
+        if fields.get("model_type", cls.model_type) != cls.model_type:
+            problems.append(f"model_type: expected {cls.model_type!r}, got {fields['model_type']!r}")
         fields.pop("model_type", None)
         for alias in ("bias", "dtype"):
             if alias in fields:
@@ -331,7 +332,7 @@ class OPTConfig:
         if self.has_all_heads:
             del fields["pruned_heads"]
         del fields["num_labels"]  # follows from id2label, as in the published files
-        return {**self.extra, **fields, "model_type": "opt"}
+        return {**self.extra, **fields, "model_type": self.model_type}
 
     @classmethod
     def from_json(cls, path: str | Path) -> "OPTConfig":

@@ -93,6 +93,10 @@ class GenerationMixin:
             tokens = stream(request, *map(ModelStepper, models))
         return _streamed(tokens, models)
 
+    def prepare_inputs_for_generation(self, input_ids, **inputs) -> dict:
+        """The arguments as they are: PEFT asks for this method, `generate` does not."""
+        return {"input_ids": input_ids, **inputs}
+
     def _request(
         self, input_ids, attention_mask, generation_config, assistant_model, max_new_tokens, options
     ) -> GenerationRequest:

@@ -24,6 +24,7 @@ class OPTPreTrainedModel(LoadingMixin, nn.Module):
     """What the four classes share. `task` is the name that the weight schema gives to the class."""
 
     task: ClassVar[str]
+    accepts_loss_kwargs: ClassVar[bool] = False  # asked by transformers' Trainer: it is not to send num_items_in_batch
 
     def __init__(self, config: OPTConfig, *, attn_implementation: str = "sdpa"):
         super().__init__()
@@ -193,13 +194,15 @@ class OPTPreTrainedModel(LoadingMixin, nn.Module):
         use_cache: bool | None,
         output_attentions: bool | None,
         output_hidden_states: bool | None,
-        unknown: Iterable[str],
+        unknown: Mapping[str, object],
         logits_to_keep: int = 0,
         segment_ids=None,
         head_mask=None,
     ) -> BaseModelOutput:
         """Takes defaults from the config, checks everything, and runs the decoder."""
         config, device = self.config, self.device
+        if unknown.get("return_dict", False) in (None, True):  # PEFT sends it; what is returned is both
+            unknown = unknown.keys() - {"return_dict"}
         check_keywords(unknown, arguments_of(self.forward))
         given = (input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, logits_to_keep)
         self.check_inputs(*given, segment_ids, use_cache, head_mask)

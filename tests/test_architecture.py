@@ -141,7 +141,8 @@ def _neutral(name: str) -> str:
 
 
 # The name by which a framework calls a module, and what only one framework needs: in PyTorch, what a compiler would
-# find to be the same in all layers; an adapter, which in Keras belongs to the layer itself (`enable_lora`).
+# find to be the same in all layers; an adapter, which in Keras belongs to the layer itself (`enable_lora`); what PEFT
+# asks for.
 SAME_METHOD = {"call": "forward", "__call__": "forward"}
 FRAMEWORK_ONLY = {
     "opt_torch": {
@@ -151,6 +152,7 @@ FRAMEWORK_ONLY = {
         "Embedding.reset_parameters",
         "Slots",
         "slots_behind",
+        "GenerationMixin.prepare_inputs_for_generation",
         *("LoraLinear", "LoraLinear.forward", "LoraLinear.merged"),
     },
     "opt_tf": set(),
