@@ -38,16 +38,16 @@ LayerCache = tuple[Array, Array]  # keys and values of one layer, [B, N, S, H] e
 class Attention(nnx.Module):
     """Queries at T positions attend to the keys at and before them (Vaswani et al., arXiv:1706.03762, section 3.2)."""
 
-    def __init__(self, config: OPTConfig, attn_implementation: str, *, rngs: nnx.Rngs, dtype):
-        check_implementation(attn_implementation, config, dtype)
-        self.num_heads, self.head_size = config.num_attention_heads, config.head_size
+    def __init__(self, config: OPTConfig, layer: int, attn_implementation: str, *, rngs: nnx.Rngs, dtype):
+        self.num_heads, self.head_size = config.heads_of(layer), config.head_size
         self.attn_implementation = attn_implementation
         self.dropout = nnx.Dropout(config.attention_dropout, rngs=rngs if config.attention_dropout else None)
         shape = dict(bias=config.enable_bias, init_std=config.init_std, rngs=rngs, dtype=dtype)
-        self.k_proj = Linear(config.hidden_size, config.hidden_size, **shape)
-        self.v_proj = Linear(config.hidden_size, config.hidden_size, **shape)
-        self.q_proj = Linear(config.hidden_size, config.hidden_size, **shape)
-        self.out_proj = Linear(config.hidden_size, config.hidden_size, **shape)
+        width, joined = config.hidden_size, self.num_heads * self.head_size
+        self.k_proj = Linear(width, joined, **shape)
+        self.v_proj = Linear(width, joined, **shape)
+        self.q_proj = Linear(width, joined, **shape)
+        self.out_proj = Linear(joined, width, **shape)
 
     def __call__(
         self,
@@ -56,11 +56,13 @@ class Attention(nnx.Module):
         lengths_B: Array | None,
         output_attentions: bool,
         first_BT: Array | None = None,
+        head_mask_N: Array | None = None,
     ) -> tuple[Array, LayerCache, Array | None]:
         """Returns the output [B, T, D], the keys and values with those of this call, and the weights or None.
 
         `past` holds `lengths_B` filled slots a row; without it the tokens of this call are all there is, and a query
-        may be kept from those before slot `first_BT`.
+        may be kept from those before slot `first_BT`. `head_mask_N` scales the output of each head, which is the same
+        as scaling its weights.
         """
         q_BNTH = self.split_heads(self.q_proj(x_BTD) * self.head_size**-0.5)
         k_BNSH = self.split_heads(self.k_proj(x_BTD))
@@ -69,6 +71,8 @@ class Attention(nnx.Module):
             k_BNSH = cache.write(past[0], k_BNSH, lengths_B)
             v_BNSH = cache.write(past[1], v_BNSH, lengths_B)
         heads_BNTH, weights_BNTS = self.attend(q_BNTH, k_BNSH, v_BNSH, lengths_B, output_attentions, first_BT)
+        if head_mask_N is not None:
+            heads_BNTH = heads_BNTH * head_mask_N[:, None, None].astype(heads_BNTH.dtype)
         return self.out_proj(self.merge_heads(heads_BNTH)), (k_BNSH, v_BNSH), weights_BNTS
 
     def attend(self, q_BNTH, k_BNSH, v_BNSH, lengths_B, output_attentions, first_BT=None) -> tuple[Array, Array | None]:

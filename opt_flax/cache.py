@@ -39,10 +39,10 @@ class GrowingCache(Cache):
 
 def init_cache(config: OPTConfig, batch_size: int, capacity: int, *, dtype, device=None) -> Cache:
     """An empty cache for `batch_size` rows of up to `capacity` tokens."""
-    shape = (batch_size, config.num_attention_heads, capacity, config.head_size)
 
     def buffers() -> tuple[Array, ...]:
-        return tuple(jnp.zeros(shape, dtype, device=device) for _ in range(config.num_hidden_layers))
+        heads = (config.heads_of(layer) for layer in range(config.num_hidden_layers))
+        return tuple(jnp.zeros((batch_size, N, capacity, config.head_size), dtype, device=device) for N in heads)
 
     return Cache(buffers(), buffers(), jnp.zeros(batch_size, jnp.int32, device=device))
 

@@ -1,6 +1,7 @@
 """The decoder, Flax NNX: embeddings, layers, final norm, projections (Zhang et al., arXiv:2205.01068, section 2)."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +19,14 @@ from opt_flax.packing import Packing, first_columns, make_packing, pack, unpack,
 class DecoderLayer(nnx.Module):
     """Attention and feed-forward, each with a residual; norms before them, or after them (350m)."""
 
-    def __init__(self, config: OPTConfig, attn_implementation: str, *, rngs: nnx.Rngs, dtype):
+    def __init__(self, config: OPTConfig, layer: int, attn_implementation: str, *, rngs: nnx.Rngs, dtype):
         self.pre_norm = config.do_layer_norm_before
         self.dropout = nnx.Dropout(config.dropout, rngs=rngs if config.dropout else None)
         activation = config.activation_function
         self.activation = activation if callable(activation) else ACTIVATION_FUNCTIONS[activation]
         affine = config.layer_norm_elementwise_affine
         shape = dict(bias=config.enable_bias, init_std=config.init_std, rngs=rngs, dtype=dtype)
-        self.self_attn = Attention(config, attn_implementation, rngs=rngs, dtype=dtype)
+        self.self_attn = Attention(config, layer, attn_implementation, rngs=rngs, dtype=dtype)
         self.self_attn_layer_norm = LayerNorm(config.hidden_size, affine=affine, dtype=dtype)
         self.fc1 = Linear(config.hidden_size, config.ffn_dim, **shape)
         self.fc2 = Linear(config.ffn_dim, config.hidden_size, **shape)
@@ -38,11 +39,13 @@ class DecoderLayer(nnx.Module):
         lengths_B: Array | None,
         output_attentions: bool,
         first_BT: Array | None = None,
+        head_mask_N: Array | None = None,
     ) -> tuple[Array, LayerCache, Array | None]:
         residual_BTD = x_BTD
         if self.pre_norm:
             x_BTD = self.self_attn_layer_norm(x_BTD)
-        x_BTD, present, weights_BNTS = self.self_attn(x_BTD, past, lengths_B, output_attentions, first_BT)
+        given = past, lengths_B, output_attentions, first_BT, head_mask_N
+        x_BTD, present, weights_BNTS = self.self_attn(x_BTD, *given)
         x_BTD = residual_BTD + self.dropout(x_BTD)
         if not self.pre_norm:
             x_BTD = self.self_attn_layer_norm(x_BTD)
@@ -58,10 +61,14 @@ class DecoderLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Tokens [B, T] to hidden states [B, T, E]. Arguments are checked before they come here."""
+    """Tokens [B, T] to hidden states [B, T, E]. Arguments are checked before they come here.
 
-    def __init__(self, config: OPTConfig, attn_implementation: str, *, rngs: nnx.Rngs, dtype):
+    Parameters have the `dtype`, values between the layers the `compute_dtype`.
+    """
+
+    def __init__(self, config: OPTConfig, attn_implementation: str, *, rngs: nnx.Rngs, dtype, compute_dtype):
         self.static_config = StaticConfig(config)
+        self.compute_dtype = compute_dtype
         embed_size, hidden_size = config.word_embed_proj_dim, config.hidden_size
         start = dict(init_std=config.init_std, rngs=rngs, dtype=dtype)
         self.embed_tokens = Embedding(config.vocab_size, embed_size, zero_row=config.pad_token_id, **start)
@@ -69,8 +76,12 @@ class Decoder(nnx.Module):
         projects, norms = config.has_projections, config.has_final_layer_norm
         self.project_in = Linear(embed_size, hidden_size, bias=False, **start) if projects else None
         self.layers = nnx.List(
-            [DecoderLayer(config, attn_implementation, rngs=rngs, dtype=dtype) for _ in range(config.num_hidden_layers)]
+            [
+                DecoderLayer(config, i, attn_implementation, rngs=rngs, dtype=dtype)
+                for i in range(config.num_hidden_layers)
+            ]
         )
+        self.gradient_checkpointing, self.checkpoint_policy = False, None
         self.layer_drop = nnx.Dropout(config.layerdrop, rngs=rngs if config.layerdrop else None)
         affine = config.layer_norm_elementwise_affine
         self.final_layer_norm = LayerNorm(hidden_size, affine=affine, dtype=dtype) if norms else None
@@ -91,8 +102,9 @@ class Decoder(nnx.Module):
         output_attentions: bool = False,
         output_hidden_states: bool = False,
         segment_ids: Array | None = None,
+        head_mask: Array | None = None,
     ) -> BaseModelOutput:
-        x_BTE = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x_BTE = (self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds).astype(self.compute_dtype)
         packing = None if attention_mask is None else make_packing(attention_mask[:, -x_BTE.shape[1] :])
         past = past_key_values
         if isinstance(past, GrowingCache):
@@ -103,13 +115,20 @@ class Decoder(nnx.Module):
         x_BTD = pack(x_BTE, packing)
         if self.project_in is not None:
             x_BTD = self.project_in(x_BTD)
-        x_BTD = x_BTD + self.embed_positions(self.position_rows(x_BTD, position_ids, packing, past, first_BT))
+        rows_BT = self.position_rows(x_BTD, position_ids, packing, past, first_BT)
+        x_BTD = x_BTD + self.embed_positions(rows_BT).astype(self.compute_dtype)
 
+        head_mask_LN = self.split_head_mask(head_mask)
+        recomputes = (
+            self.gradient_checkpointing and not self.layer_drop.deterministic and past is None and not use_cache
+        )
+        how = dict(output_attentions=output_attentions, recomputes=recomputes, policy=self.checkpoint_policy)
         inputs, presents, attentions = [], [], []
         for i, layer in enumerate(self.layers):
             inputs.append(x_BTD)
             past_layer = None if past is None else (past.keys[i], past.values[i])
-            y_BTD, present, weights_BNTS = run_layer(layer, x_BTD, past_layer, lengths_B, output_attentions, first_BT)
+            given = past_layer, lengths_B, first_BT, head_mask_LN[i]
+            y_BTD, present, weights_BNTS = run_layer(layer, x_BTD, *given, **how)
             x_BTD = self.drop_layer(x_BTD, y_BTD)
             presents.append(present)
             attentions.append(weights_BNTS)
@@ -142,6 +161,14 @@ class Decoder(nnx.Module):
         lengths_B = None if past is None else past.lengths
         capacity = past.capacity if past is not None and past.keys else None
         return _position_rows(position_ids, packing, lengths_B, first_BT, x_BTD.shape[:2], capacity)
+
+    def split_head_mask(self, head_mask: Array | None) -> list[Array | None]:
+        """The mask of each layer, of the heads that it has."""
+        config, L = self.config, len(self.layers)
+        if head_mask is None:
+            return [None] * L
+        masks_LN = jnp.broadcast_to(head_mask, (L, config.num_attention_heads))
+        return [masks_LN[i, jnp.array(config.remaining_heads(i))] for i in range(L)]
 
     def drop_layer(self, x_BTD: Array, y_BTD: Array) -> Array:
         """LayerDrop (Fan et al., arXiv:1909.11556): in training, a layer is skipped with probability `layerdrop`."""
@@ -183,12 +210,20 @@ def run_layer(
     x_BTD: Array,
     past: LayerCache | None,
     lengths_B: Array | None,
+    first_BT: Array | None,
+    head_mask_N: Array | None,
+    *,
     output_attentions: bool,
-    first_BT: Array | None = None,
+    recomputes: bool,
+    policy: Callable | None,
 ) -> tuple[Array, LayerCache, Array | None]:
-    """Calls a layer as one compiled function that equal layers share: traced once, and outside `jit` compiled once."""
+    """Calls a layer as one compiled function that equal layers share: traced once, and outside `jit` compiled once.
+
+    A layer that `recomputes` keeps for its gradient its inputs and what a `policy` of `jax.checkpoint` says.
+    """
     graphdef, rngs, weights = nnx.split(layer, nnx.RngState, ...)
-    outputs, rngs = _compiled_layer(graphdef, rngs, weights, x_BTD, past, lengths_B, output_attentions, first_BT)
+    static = graphdef, output_attentions, recomputes, policy
+    outputs, rngs = _compiled_layer(*static, rngs, weights, x_BTD, past, lengths_B, first_BT, head_mask_N)
     if not layer.dropout.deterministic:
         nnx.update(layer, rngs)
     return outputs
@@ -211,8 +246,11 @@ def _position_rows(position_ids, packing, lengths_B, first_BT, shape: tuple[int,
     return rows_BT
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "output_attentions"))
-def _compiled_layer(graphdef, rngs, weights, x_BTD, past, lengths_B, output_attentions, first_BT):
-    layer = nnx.merge(graphdef, rngs, weights)
-    outputs = layer(x_BTD, past, lengths_B, output_attentions, first_BT)
-    return outputs, nnx.state(layer, nnx.RngState)
+@functools.partial(jax.jit, static_argnames=("graphdef", "output_attentions", "recomputes", "policy"))
+def _compiled_layer(graphdef, output_attentions: bool, recomputes: bool, policy, *arrays):
+    def call(rngs, weights, x_BTD, past, lengths_B, first_BT, head_mask_N):
+        layer = nnx.merge(graphdef, rngs, weights)
+        outputs = layer(x_BTD, past, lengths_B, output_attentions, first_BT, head_mask_N)
+        return outputs, nnx.state(layer, nnx.RngState)
+
+    return (jax.checkpoint(call, policy=policy) if recomputes else call)(*arrays)

@@ -1,6 +1,7 @@
 """The layers with weights, Flax NNX: published names, published (out, in) layout, published initialisation.
 
-Parameters and results have one dtype; products, norms and activations are computed in float32 at least, rounded once.
+Results have the dtype of the input, to which weights are rounded where they have another; products, norms and
+activations are computed in float32 at least, rounded once.
 """
 
 import contextlib
@@ -118,6 +119,36 @@ class LayerNorm(nnx.Module):
 @jax.jit
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """x W^T + b in the dtype of `x`."""
+    if x.dtype in (jnp.float16, jnp.bfloat16):
+        return _half_linear(x, weight, bias)
+    return _linear(x, weight.astype(x.dtype), bias)
+
+
+@jax.custom_vjp
+def _half_linear(x: Array, weight: Array, bias: Array | None) -> Array:
+    """With derivatives that are products of half precision too, and sums of float32 for weights that are.
+
+    JAX's own would multiply the float32 derivative of the sum with half-precision factors: as float32, on a CPU.
+    """
+    return _linear(x, weight.astype(x.dtype), bias)
+
+
+def _half_linear_forward(x: Array, weight: Array, bias: Array | None) -> tuple[Array, tuple]:
+    return _half_linear(x, weight, bias), (x, weight, bias)
+
+
+def _half_linear_backward(saved: tuple, d_y: Array) -> tuple[Array, Array, Array | None]:
+    x, weight, bias = saved
+    d_x = contract("...o,oi->...i", d_y, weight.astype(x.dtype)).astype(x.dtype)
+    d_y, x = (rows.reshape(-1, rows.shape[-1]) for rows in (d_y, x))
+    d_weight = contract("ro,ri->oi", d_y, x).astype(weight.dtype)
+    return d_x, d_weight, None if bias is None else d_y.sum(0, dtype=jnp.float32).astype(bias.dtype)
+
+
+_half_linear.defvjp(_half_linear_forward, _half_linear_backward)
+
+
+def _linear(x: Array, weight: Array, bias: Array | None) -> Array:
     few_rows = math.prod(x.shape[:-1]) <= FEW_ROWS and jax.default_backend() == "cpu"
     y = _weight_first(x, weight) if few_rows else contract("...i,oi->...o", x, weight)
     return (y if bias is None else y + bias).astype(x.dtype)

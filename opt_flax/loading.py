@@ -37,6 +37,7 @@ class LoadingMixin:
         token=None,
         subfolder: str | None = None,
         device=None,
+        compute_dtype=None,
         output_loading_info: bool = False,
         rngs: nnx.Rngs | None = None,
         **overrides,
@@ -49,6 +50,7 @@ class LoadingMixin:
         Args:
             dtype: None for float32, "auto" for the stored one, or a JAX dtype or its name. `torch_dtype` is an alias.
             device: where the parameters go: a device, a sharding, or a platform's name; by default JAX's own.
+            compute_dtype: what is computed with, bfloat16 for mixed precision; by default the dtype of the parameters.
             output_loading_info: also return which weights the checkpoint lacked or had in excess.
             rngs: for the weights of a new head, and dropout in later training.
             overrides: fields of the config, e.g. `num_labels=3`.
@@ -69,24 +71,26 @@ class LoadingMixin:
             token=token,
             subfolder=subfolder,
         )
-        model = cls._from_checkpoint(pretrained, attn_implementation, device, rngs)
+        model = cls._from_checkpoint(pretrained, attn_implementation, device, rngs, compute_dtype)
         if pretrained.generation_config is not None:
             model.generation_config = pretrained.generation_config
         info = {"missing_keys": list(pretrained.new), "unexpected_keys": list(pretrained.unused)}
         return (model, info) if output_loading_info else model
 
     @classmethod
-    def _from_checkpoint(cls, pretrained: Pretrained, attn_implementation: str, device, rngs: nnx.Rngs | None):
-        dtype = jnp.dtype(pretrained.dtype)
+    def _from_checkpoint(
+        cls, pretrained: Pretrained, attn_implementation: str, device, rngs: nnx.Rngs | None, compute_dtype
+    ):
+        dtypes = dict(dtype=jnp.dtype(pretrained.dtype), compute_dtype=compute_dtype)
         device = jax.devices(device)[0] if isinstance(device, str) else device
         with shapes_only():
-            model = nnx.eval_shape(lambda: cls(pretrained.config, attn_implementation=attn_implementation, dtype=dtype))
+            model = nnx.eval_shape(lambda: cls(pretrained.config, attn_implementation=attn_implementation, **dtypes))
         for name in pretrained.new:
             rngs = rngs or nnx.Rngs(0)
-            _owner(model, published_name(name, cls.task))[0].reset_parameters(rngs)
+            owner_of(model, published_name(name, cls.task))[0].reset_parameters(rngs)
         stored = [name for name in shapes(pretrained.config, cls.task) if name not in pretrained.new]
         for name, array in read_parameters(pretrained.checkpoint, stored, pretrained.dtype, alignment=ALIGNMENT):
-            owner, attribute = _owner(model, published_name(name, cls.task))
+            owner, attribute = owner_of(model, published_name(name, cls.task))
             setattr(owner, attribute, nnx.Param(from_numpy(array, device)))
         _start_streams(model, rngs)
         model.eval()
@@ -121,7 +125,7 @@ class LoadingMixin:
 
     def weight(self, name: str) -> Array:
         """The parameter of a canonical name, e.g. `decoder.layers.0.fc1.weight`."""
-        owner, attribute = _owner(self, published_name(name, self.task))
+        owner, attribute = owner_of(self, published_name(name, self.task))
         return getattr(owner, attribute).get_value()
 
 
@@ -135,7 +139,8 @@ def to_numpy(array: Array) -> np.ndarray:
     return np.asarray(array)
 
 
-def _owner(model: nnx.Module, name: str) -> tuple[nnx.Module, str]:
+def owner_of(model: nnx.Module, name: str) -> tuple[nnx.Module, str]:
+    """The module that holds what a dotted name says, and the name it has there."""
     *path, attribute = name.split(".")
     for part in path:
         model = model[int(part)] if part.isdigit() else getattr(model, part)

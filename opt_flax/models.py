@@ -32,10 +32,12 @@ class FlaxOPTModel(FlaxOPTPreTrainedModel):
         rngs: nnx.Rngs | None = None,
         attn_implementation: str = "sdpa",
         dtype=jnp.float32,
+        compute_dtype=None,
     ):
-        super().__init__(config, attn_implementation=attn_implementation)
+        super().__init__(config, attn_implementation=attn_implementation, dtype=compute_dtype or dtype)
         rngs = rngs or nnx.Rngs(0)
-        self.decoder = Decoder(config, attn_implementation, rngs=rngs, dtype=dtype)
+        dtypes = dict(dtype=dtype, compute_dtype=jnp.dtype(compute_dtype or dtype))
+        self.decoder = Decoder(config, attn_implementation, rngs=rngs, **dtypes)
 
     @property
     def base_model(self) -> FlaxOPTPreTrainedModel:
@@ -52,6 +54,7 @@ class FlaxOPTModel(FlaxOPTPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         segment_ids=None,
+        head_mask=None,
         **unknown,
     ) -> BaseModelOutput:
         """Hidden states [B, T, E] of `input_ids` [B, T] or `inputs_embeds` [B, T, E].
@@ -62,6 +65,8 @@ class FlaxOPTModel(FlaxOPTPreTrainedModel):
             past_key_values: a cache to continue; it stays as it was, the new one is in the output.
             segment_ids: [B, T], several documents in a row: tokens see those of the same run of ids, and positions
                 count from its beginning.
+            head_mask: [L, N], or [N] for all layers: a factor for the output of each head, 0 to leave it out; heads
+                are numbered as before any was pruned.
 
         Raises:
             InputError: lists every argument that is out of range or of the wrong shape.
@@ -77,6 +82,7 @@ class FlaxOPTModel(FlaxOPTPreTrainedModel):
             output_hidden_states,
             unknown,
             segment_ids=segment_ids,
+            head_mask=head_mask,
         )
 
 
@@ -92,10 +98,12 @@ class FlaxOPTForCausalLM(GenerationMixin, FlaxOPTPreTrainedModel):
         rngs: nnx.Rngs | None = None,
         attn_implementation: str = "sdpa",
         dtype=jnp.float32,
+        compute_dtype=None,
     ):
-        super().__init__(config, attn_implementation=attn_implementation)
+        super().__init__(config, attn_implementation=attn_implementation, dtype=compute_dtype or dtype)
         rngs = rngs or nnx.Rngs(0)
-        self.model = FlaxOPTModel(config, rngs=rngs, attn_implementation=attn_implementation, dtype=dtype)
+        made = dict(attn_implementation=attn_implementation, dtype=dtype, compute_dtype=compute_dtype)
+        self.model = FlaxOPTModel(config, rngs=rngs, **made)
         start = dict(bias=False, init_std=config.init_std, rngs=rngs, dtype=dtype)
         tied = config.tie_word_embeddings  # then the word embeddings are the head
         self.lm_head = None if tied else Linear(config.word_embed_proj_dim, config.vocab_size, **start)
@@ -123,6 +131,7 @@ class FlaxOPTForCausalLM(GenerationMixin, FlaxOPTPreTrainedModel):
         output_hidden_states: bool | None = None,
         logits_to_keep: int = 0,
         segment_ids=None,
+        head_mask=None,
         **unknown,
     ) -> CausalLMOutput:
         """Logits [B, T, V], or of the last `logits_to_keep` tokens; the loss where `labels` [B, T] are given.
@@ -142,6 +151,7 @@ class FlaxOPTForCausalLM(GenerationMixin, FlaxOPTPreTrainedModel):
             unknown,
             logits_to_keep,
             segment_ids,
+            head_mask,
         )
         hidden_BTE = out.last_hidden_state
         labels = as_index(labels)
@@ -177,10 +187,12 @@ class FlaxOPTForSequenceClassification(FlaxOPTPreTrainedModel):
         rngs: nnx.Rngs | None = None,
         attn_implementation: str = "sdpa",
         dtype=jnp.float32,
+        compute_dtype=None,
     ):
-        super().__init__(config, attn_implementation=attn_implementation)
+        super().__init__(config, attn_implementation=attn_implementation, dtype=compute_dtype or dtype)
         rngs = rngs or nnx.Rngs(0)
-        self.model = FlaxOPTModel(config, rngs=rngs, attn_implementation=attn_implementation, dtype=dtype)
+        made = dict(attn_implementation=attn_implementation, dtype=dtype, compute_dtype=compute_dtype)
+        self.model = FlaxOPTModel(config, rngs=rngs, **made)
         start = dict(bias=False, init_std=config.init_std, rngs=rngs, dtype=dtype)
         self.score = Linear(config.word_embed_proj_dim, config.num_labels, **start)
 
@@ -195,6 +207,7 @@ class FlaxOPTForSequenceClassification(FlaxOPTPreTrainedModel):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        head_mask=None,
         **unknown,
     ) -> SequenceClassifierOutput:
         """Logits [B, K]; the loss where `labels` are given: [B] classes, [B] or [B, K] numbers, or [B, K] of 0 and 1.
@@ -211,6 +224,7 @@ class FlaxOPTForSequenceClassification(FlaxOPTPreTrainedModel):
             output_attentions,
             output_hidden_states,
             unknown,
+            head_mask=head_mask,
         )
         hidden_BTE = out.last_hidden_state
         mask_BT = self.current_mask(attention_mask, hidden_BTE.shape[1])
@@ -245,10 +259,12 @@ class FlaxOPTForQuestionAnswering(FlaxOPTPreTrainedModel):
         rngs: nnx.Rngs | None = None,
         attn_implementation: str = "sdpa",
         dtype=jnp.float32,
+        compute_dtype=None,
     ):
-        super().__init__(config, attn_implementation=attn_implementation)
+        super().__init__(config, attn_implementation=attn_implementation, dtype=compute_dtype or dtype)
         rngs = rngs or nnx.Rngs(0)
-        self.model = FlaxOPTModel(config, rngs=rngs, attn_implementation=attn_implementation, dtype=dtype)
+        made = dict(attn_implementation=attn_implementation, dtype=dtype, compute_dtype=compute_dtype)
+        self.model = FlaxOPTModel(config, rngs=rngs, **made)
         start = dict(bias=True, init_std=config.init_std, rngs=rngs, dtype=dtype)
         self.qa_outputs = Linear(config.word_embed_proj_dim, 2, **start)
 
@@ -264,6 +280,7 @@ class FlaxOPTForQuestionAnswering(FlaxOPTPreTrainedModel):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        head_mask=None,
         **unknown,
     ) -> QuestionAnsweringOutput:
         """Start and end logits [B, T]; the loss where `start_positions` and `end_positions` [B] are given.
@@ -280,6 +297,7 @@ class FlaxOPTForQuestionAnswering(FlaxOPTPreTrainedModel):
             output_attentions,
             output_hidden_states,
             unknown,
+            head_mask=head_mask,
         )
         hidden_BTE = out.last_hidden_state
         mask_BT = self.current_mask(attention_mask, hidden_BTE.shape[1])

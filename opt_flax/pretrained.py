@@ -1,6 +1,6 @@
 """What the published classes share, Flax NNX: the checked call, embeddings, cache, loading."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 import jax
@@ -10,14 +10,17 @@ from flax import nnx
 from jax import Array
 
 from opt_core.checks import arguments_of, check_config, check_inputs, check_keywords
-from opt_core.config import OPTConfig
+from opt_core.config import POSITION_OFFSET, OPTConfig
+from opt_core.errors import InputError
+from opt_core.lora import LoraConfig
 from opt_core.outputs import BaseModelOutput
+from opt_core.schema import kept_by_pruning, published_name, weights
 from opt_flax.attention import check_implementation
 from opt_flax.cache import Cache, init_cache
 from opt_flax.decoder import Decoder, StaticConfig
 from opt_flax.inputs import as_index, as_tensor, known, known_cache
 from opt_flax.layers import Embedding, Linear
-from opt_flax.loading import LoadingMixin
+from opt_flax.loading import LoadingMixin, owner_of
 
 
 class FlaxOPTPreTrainedModel(LoadingMixin, nnx.Module):
@@ -25,11 +28,12 @@ class FlaxOPTPreTrainedModel(LoadingMixin, nnx.Module):
 
     task: ClassVar[str]
 
-    def __init__(self, config: OPTConfig, *, attn_implementation: str = "sdpa"):
+    def __init__(self, config: OPTConfig, *, attn_implementation: str = "sdpa", dtype=jnp.float32):
         check_config(config)
-        check_implementation(attn_implementation, config)
+        check_implementation(attn_implementation, config, dtype)
         self.static_config = StaticConfig(config)
         self.attn_implementation = attn_implementation
+        self.lora: LoraConfig | None = None
 
     @property
     def config(self) -> OPTConfig:
@@ -49,22 +53,50 @@ class FlaxOPTPreTrainedModel(LoadingMixin, nnx.Module):
         return self.get_input_embeddings().weight.dtype
 
     @property
+    def compute_dtype(self) -> jnp.dtype:
+        """The dtype of what is computed and returned, to which weights of another are rounded where they are used."""
+        return self.base_model.decoder.compute_dtype
+
+    @property
     def device(self) -> jax.Device:
         return next(iter(self.get_input_embeddings().weight.get_value().devices()))
 
     def set_attn_implementation(self, attn_implementation: str) -> None:
-        check_implementation(attn_implementation, self.config, self.dtype)
+        check_implementation(attn_implementation, self.config, self.compute_dtype)
         self.attn_implementation = attn_implementation
         for layer in self.base_model.decoder.layers:
             layer.self_attn.attn_implementation = attn_implementation
 
     def num_parameters(self, only_trainable: bool = False) -> int:
-        """The number of parameters, a tied head counted once; NNX marks none as not trainable."""
-        return sum(p.size for p in jax.tree.leaves(nnx.state(self, nnx.Param)))
+        """The number of parameters, a tied head counted once."""
+        return sum(p.size for p in jax.tree.leaves(nnx.state(self, self.trainable if only_trainable else nnx.Param)))
+
+    @property
+    def trainable(self) -> type[nnx.Param]:
+        """The variables that training changes, as NNX's `wrt`: adapters where there are some, else all parameters."""
+        return nnx.Param if self.lora is None else nnx.LoRAParam
 
     def init_cache(self, batch_size: int, capacity: int) -> Cache:
         """An empty cache for `past_key_values`, for `batch_size` rows of up to `capacity` tokens."""
-        return init_cache(self.config, batch_size, capacity, dtype=self.dtype, device=self.device)
+        return init_cache(self.config, batch_size, capacity, dtype=self.compute_dtype, device=self.device)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping | None = None) -> None:
+        """From here on, training keeps the inputs of layers alone, and computes the rest again for the gradients.
+
+        Args:
+            gradient_checkpointing_kwargs: a `policy` of `jax.checkpoint_policies` says what else is kept. What other
+                frameworks have means nothing here.
+        """
+        decoder = self.base_model.decoder
+        decoder.gradient_checkpointing = True
+        decoder.checkpoint_policy = (gradient_checkpointing_kwargs or {}).get("policy")
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.base_model.decoder.gradient_checkpointing = False
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self.base_model.decoder.gradient_checkpointing
 
     # -- embeddings ---------------------------------------------------------------------------------------------------
 
@@ -91,16 +123,57 @@ class FlaxOPTPreTrainedModel(LoadingMixin, nnx.Module):
         if pad_to_multiple_of:
             new_num_tokens = -(-new_num_tokens // pad_to_multiple_of) * pad_to_multiple_of
         config = self.config.replace(vocab_size=new_num_tokens)
+        rngs = rngs or nnx.Rngs(0)
         old = self.get_input_embeddings()
-        start = dict(init_std=config.init_std, rngs=rngs or nnx.Rngs(0), dtype=self.dtype)
+        start = dict(init_std=config.init_std, rngs=rngs, dtype=self.dtype)
         new = Embedding(new_num_tokens, config.word_embed_proj_dim, **start)
         self.base_model.decoder.embed_tokens = _with_rows_of(old, new)
         head = self.get_output_embeddings()
         if head is not None and not config.tie_word_embeddings:
             self.lm_head = _with_rows_of(head, Linear(config.word_embed_proj_dim, new_num_tokens, bias=False, **start))
-        self.config.vocab_size = new_num_tokens
+        self._set_config(config)
         self.tie_weights()
         return self.get_input_embeddings()
+
+    def resize_position_embeddings(self, new_num_position_embeddings: int, rngs: nnx.Rngs | None = None) -> None:
+        """Makes room for sequences of so many tokens; keeps the first rows, new ones start as in a new model."""
+        config = self.config.replace(max_position_embeddings=new_num_position_embeddings)
+        start = dict(init_std=config.init_std, rngs=rngs or nnx.Rngs(0), dtype=self.dtype)
+        new = Embedding(new_num_position_embeddings + POSITION_OFFSET, config.hidden_size, **start)
+        decoder = self.base_model.decoder
+        decoder.embed_positions = _with_rows_of(decoder.embed_positions, new)
+        self._set_config(config)
+
+    def prune_heads(self, heads_to_prune: Mapping[int, Iterable[int]]) -> None:
+        """Takes heads out of layers for good: {layer: heads}, numbered as before any was pruned.
+
+        The config, which is then the model's own, keeps them as `pruned_heads`, files as well. Heads that are gone
+        already may be named again. An optimizer keeps moments of the old shape: make a new one.
+
+        Raises:
+            ConfigError: lists every layer or head that there is not, and every layer that would have no head left.
+            InputError: the model has adapters.
+        """
+        if self.lora is not None:
+            raise InputError("prune_heads", ["model: expected one without adapters; merge_lora makes it one"])
+        before, after = self.config, self.config.without_heads(heads_to_prune)
+        for weight in weights(before, self.task):
+            place = kept_by_pruning(weight, before, after)
+            if place is not None:
+                self._keep(weight.name, *place)
+        for i, layer in enumerate(self.base_model.decoder.layers):
+            layer.self_attn.num_heads = after.heads_of(i)
+        self._set_config(after)
+
+    def _keep(self, name: str, axis: int, index: list[int]) -> None:
+        """Shortens a parameter to some indices along one axis."""
+        owner, attribute = owner_of(self, published_name(name, self.task))
+        kept = jnp.take(getattr(owner, attribute).get_value(), jnp.array(index), axis=axis)
+        setattr(owner, attribute, nnx.Param(kept))
+
+    def _set_config(self, config: OPTConfig) -> None:
+        for owner in (self, self.base_model, self.base_model.decoder):
+            owner.static_config = StaticConfig(config)
 
     # -- the call -----------------------------------------------------------------------------------------------------
 
@@ -114,6 +187,7 @@ class FlaxOPTPreTrainedModel(LoadingMixin, nnx.Module):
         logits_to_keep: int = 0,
         segment_ids=None,
         use_cache: bool | None = None,
+        head_mask=None,
     ) -> None:
         """Raises one InputError with everything wrong; to call before a compiled function, which sees no values."""
         check_inputs(
@@ -126,6 +200,7 @@ class FlaxOPTPreTrainedModel(LoadingMixin, nnx.Module):
             logits_to_keep=logits_to_keep,
             segment_ids=known(as_index(segment_ids)),
             use_cache=use_cache,
+            head_mask=known(as_tensor(head_mask)),
         )
 
     def decode(
@@ -141,12 +216,13 @@ class FlaxOPTPreTrainedModel(LoadingMixin, nnx.Module):
         unknown: Iterable[str],
         logits_to_keep: int = 0,
         segment_ids=None,
+        head_mask=None,
     ) -> BaseModelOutput:
         """Takes defaults from the config, checks everything, and runs the decoder."""
         config = self.config
         check_keywords(unknown, arguments_of(self.__call__))
         given = (input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, logits_to_keep)
-        self.check_inputs(*given, segment_ids, use_cache)
+        self.check_inputs(*given, segment_ids, use_cache, head_mask)
         attention_mask = as_tensor(attention_mask)
         if (
             attention_mask is not None
@@ -158,12 +234,13 @@ class FlaxOPTPreTrainedModel(LoadingMixin, nnx.Module):
             as_index(input_ids),
             attention_mask,
             as_index(position_ids),
-            as_tensor(inputs_embeds, self.dtype),
+            as_tensor(inputs_embeds, self.compute_dtype),
             past_key_values,
             config.use_cache and not self.training and segment_ids is None if use_cache is None else use_cache,
             config.output_attentions if output_attentions is None else output_attentions,
             config.output_hidden_states if output_hidden_states is None else output_hidden_states,
             as_index(segment_ids),
+            as_tensor(head_mask, self.compute_dtype),
         )
 
     def current_mask(self, attention_mask, tokens: int) -> Array | None:
