@@ -5,6 +5,8 @@ over the tokens of this call; over a cache, whose rows are prefixes; and step by
 the weights. What runs on which device: docs/attention.md.
 """
 
+from collections.abc import Mapping
+
 import tensorflow as tf
 from tensorflow import Tensor
 from tensorflow.python.framework import ops
@@ -13,6 +15,7 @@ from tensorflow.python.ops import control_flow_util
 from opt_core.checks import check_choice
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError, raise_if
+from opt_core.lora import MODULES
 from opt_tf import cache
 from opt_tf.blockwise import BLOCK, blockwise_attention
 from opt_tf.cudnn import cudnn_attention, cudnn_problems
@@ -23,22 +26,27 @@ FUSED = ("flash_attention_2", "cudnn")  # cuDNN's kernel is the one that both na
 ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa", *FUSED)
 SLOTS = 64  # outside a graph a cache is read up to the next multiple of it
 
+# What is dropped in the training of a layer: outputs of its halves, all of it, attention weights, inputs of adapters.
+DROPPED = ("attention", "feed_forward", "layer", "weights", *MODULES)
+NO_SEEDS = dict.fromkeys(DROPPED)
+
 LayerCache = tuple[Tensor, Tensor]  # keys and values of one layer, [B, N, S, H] each
 
 
 class Attention(Module):
     """Queries at T positions attend to the keys at and before them (Vaswani et al., arXiv:1706.03762, section 3.2)."""
 
-    def __init__(self, config: OPTConfig, attn_implementation: str, dtype=None):
+    def __init__(self, config: OPTConfig, layer: int, attn_implementation: str, dtype=None):
         super().__init__(dtype)
-        self.num_heads, self.head_size = config.num_attention_heads, config.head_size
+        self.num_heads, self.head_size = config.heads_of(layer), config.head_size
         self.attn_implementation = attn_implementation
         self.dropout = config.attention_dropout
+        width, joined = config.hidden_size, self.num_heads * self.head_size
         shape = dict(bias=config.enable_bias, init_std=config.init_std, dtype=dtype)
-        self.k_proj = Linear(config.hidden_size, config.hidden_size, **shape)
-        self.v_proj = Linear(config.hidden_size, config.hidden_size, **shape)
-        self.q_proj = Linear(config.hidden_size, config.hidden_size, **shape)
-        self.out_proj = Linear(config.hidden_size, config.hidden_size, **shape)
+        self.k_proj = Linear(width, joined, **shape)
+        self.v_proj = Linear(width, joined, **shape)
+        self.q_proj = Linear(width, joined, **shape)
+        self.out_proj = Linear(joined, width, **shape)
 
     def call(
         self,
@@ -46,33 +54,38 @@ class Attention(Module):
         past: LayerCache | None,
         lengths_B: Tensor | None,
         output_attentions: bool,
-        training: bool = False,
         first_BT: Tensor | None = None,
+        head_mask_N: Tensor | None = None,
+        seeds: Mapping[str, Tensor] = NO_SEEDS,
     ) -> tuple[Tensor, LayerCache, Tensor | None]:
         """Returns the output [B, T, D], the keys and values with those of this call, and the weights or None.
 
         `past` holds `lengths_B` filled slots a row; without it the tokens of this call are all there is, and a query
-        may be kept from those before slot `first_BT`.
+        may be kept from those before slot `first_BT`. `head_mask_N` scales the output of each head, which is the same
+        as scaling its weights. In training there are `seeds` [2], of the weights to drop and by module.
         """
-        q_BNTH = self.split_heads(self.q_proj(x_BTD) * self.head_size**-0.5)
-        k_BNSH = self.split_heads(self.k_proj(x_BTD))
-        v_BNSH = self.split_heads(self.v_proj(x_BTD))
+        q_BNTH = self.split_heads(self.q_proj(x_BTD, seeds["q_proj"]) * self.head_size**-0.5)
+        k_BNSH = self.split_heads(self.k_proj(x_BTD, seeds["k_proj"]))
+        v_BNSH = self.split_heads(self.v_proj(x_BTD, seeds["v_proj"]))
         if past is not None:
             k_BNSH = cache.write(past[0], k_BNSH, lengths_B)
             v_BNSH = cache.write(past[1], v_BNSH, lengths_B)
         qkv = q_BNTH, k_BNSH, v_BNSH
-        heads_BNTH, weights_BNTS = self.attend(*qkv, lengths_B, output_attentions, training, first_BT)
-        return self.out_proj(self.merge_heads(heads_BNTH)), (k_BNSH, v_BNSH), weights_BNTS
+        heads_BNTH, weights_BNTS = self.attend(*qkv, lengths_B, output_attentions, first_BT, seeds["weights"])
+        if head_mask_N is not None:
+            heads_BNTH = heads_BNTH * head_mask_N[:, None, None]
+        x_BTD = self.out_proj(self.merge_heads(heads_BNTH), seeds["out_proj"])
+        return x_BTD, (k_BNSH, v_BNSH), weights_BNTS
 
     def attend(
-        self, q_BNTH, k_BNSH, v_BNSH, lengths_B, output_attentions, training=False, first_BT=None
+        self, q_BNTH, k_BNSH, v_BNSH, lengths_B, output_attentions, first_BT=None, seed=None
     ) -> tuple[Tensor, Tensor | None]:
-        dropout, name = self.dropout if training else 0.0, self.attn_implementation
+        dropout, name = 0.0 if seed is None else self.dropout, self.attn_implementation
         if output_attentions or name == "eager":
-            return eager_attention(q_BNTH, k_BNSH, v_BNSH, lengths_B, dropout, first_BT)
+            return eager_attention(q_BNTH, k_BNSH, v_BNSH, lengths_B, dropout, first_BT, seed)
         if lengths_B is not None:
-            return cached_attention(q_BNTH, k_BNSH, v_BNSH, lengths_B, dropout), None
-        return causal_attention(q_BNTH, k_BNSH, v_BNSH, dropout, first_BT, name), None
+            return cached_attention(q_BNTH, k_BNSH, v_BNSH, lengths_B, dropout, seed), None
+        return causal_attention(q_BNTH, k_BNSH, v_BNSH, dropout, first_BT, name, seed), None
 
     def split_heads(self, x_BTA: Tensor) -> Tensor:
         B, T, _ = dims(x_BTA)
@@ -90,6 +103,7 @@ def causal_attention(
     dropout: float = 0.0,
     first_BT: Tensor | None = None,
     attn_implementation: str = "sdpa",
+    seed: Tensor | None = None,
 ) -> Tensor:
     """Attention of T tokens among themselves, O(T) memory; the query is scaled already.
 
@@ -103,18 +117,25 @@ def causal_attention(
         return cudnn_attention(q_BNTH, k_BNTH, v_BNTH)
     T = q_BNTH.shape[2]
     if dropout or (T is not None and T <= BLOCK):  # one block; and dropout is not worth a second gradient
-        return eager_attention(q_BNTH, k_BNTH, v_BNTH, None, dropout, first_BT)[0]
+        return eager_attention(q_BNTH, k_BNTH, v_BNTH, None, dropout, first_BT, seed)[0]
     if first_BT is None and T is not None and T <= LONGEST and not _traced_for_xla():
         return rowwise_attention(q_BNTH, k_BNTH, v_BNTH)
     return blockwise_attention(q_BNTH, k_BNTH, v_BNTH, first_BT)
 
 
-def cached_attention(q_BNTH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor, lengths_B: Tensor, dropout: float = 0.0) -> Tensor:
+def cached_attention(
+    q_BNTH: Tensor,
+    k_BNSH: Tensor,
+    v_BNSH: Tensor,
+    lengths_B: Tensor,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
     """Attention of T tokens that follow `lengths_B` cached ones, to themselves and to those."""
     if tf.executing_eagerly():
         S = -(-(int(tf.reduce_max(lengths_B)) + q_BNTH.shape[2]) // SLOTS) * SLOTS
         k_BNSH, v_BNSH = k_BNSH[:, :, :S], v_BNSH[:, :, :S]
-    return eager_attention(q_BNTH, k_BNSH, v_BNSH, lengths_B, dropout)[0]
+    return eager_attention(q_BNTH, k_BNSH, v_BNSH, lengths_B, dropout, seed=seed)[0]
 
 
 def eager_attention(
@@ -124,6 +145,7 @@ def eager_attention(
     lengths_B: Tensor | None,
     dropout: float = 0.0,
     first_BT: Tensor | None = None,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention step by step; returns the output [B, N, T, H] and the weights [B, N, T, S], before dropout."""
     # Scores, softmax and the sums over values in float32 at least: a half-precision product has half-precision output.
@@ -132,7 +154,7 @@ def eager_attention(
     mask_B1TS = attend_mask(dims(q)[2], dims(k)[2], lengths_B, first_BT)
     scores_BNTS = tf.where(mask_B1TS, scores_BNTS, scores_BNTS.dtype.min)
     weights_BNTS = tf.nn.softmax(scores_BNTS, axis=-1)
-    heads_BNTH = tf.matmul(drop_values(weights_BNTS, dropout), v)
+    heads_BNTH = tf.matmul(drop_values(weights_BNTS, dropout, seed), v)
     return tf.cast(heads_BNTH, q_BNTH.dtype), tf.cast(weights_BNTS, q_BNTH.dtype)
 
 

@@ -36,10 +36,10 @@ class GrowingCache(Cache):
 
 def init_cache(config: OPTConfig, batch_size: int, capacity: int, *, dtype, device=None) -> Cache:
     """An empty cache for `batch_size` rows of up to `capacity` tokens."""
-    shape = (batch_size, config.num_attention_heads, capacity, config.head_size)
 
     def buffers() -> tuple[Tensor, ...]:
-        return tuple(tf.zeros(shape, dtype) for _ in range(config.num_hidden_layers))
+        heads = (config.heads_of(layer) for layer in range(config.num_hidden_layers))
+        return tuple(tf.zeros((batch_size, N, capacity, config.head_size), dtype) for N in heads)
 
     with tf.device(device):
         return Cache(buffers(), buffers(), tf.zeros([batch_size], tf.int64))

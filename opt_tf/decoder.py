@@ -5,7 +5,7 @@ from tensorflow import Tensor
 
 from opt_core.config import POSITION_OFFSET, OPTConfig
 from opt_core.outputs import BaseModelOutput
-from opt_tf.attention import Attention, LayerCache
+from opt_tf.attention import DROPPED, NO_SEEDS, Attention, LayerCache
 from opt_tf.cache import Cache, GrowingCache, grow
 from opt_tf.layers import ACTIVATION_FUNCTIONS, Embedding, LayerNorm, Linear, Module, dims, drop_values
 from opt_tf.packing import Packing, first_columns, make_packing, pack, unpack, unpack_attentions
@@ -14,7 +14,7 @@ from opt_tf.packing import Packing, first_columns, make_packing, pack, unpack, u
 class DecoderLayer(Module):
     """Attention and feed-forward, each with a residual; norms before them, or after them (350m)."""
 
-    def __init__(self, config: OPTConfig, attn_implementation: str, dtype=None):
+    def __init__(self, config: OPTConfig, layer: int, attn_implementation: str, dtype=None):
         super().__init__(dtype)
         self.pre_norm = config.do_layer_norm_before
         self.dropout = config.dropout
@@ -22,7 +22,7 @@ class DecoderLayer(Module):
         self.activation = activation if callable(activation) else ACTIVATION_FUNCTIONS[activation]
         affine = dict(affine=config.layer_norm_elementwise_affine, dtype=dtype)
         shape = dict(bias=config.enable_bias, init_std=config.init_std, dtype=dtype)
-        self.self_attn = Attention(config, attn_implementation, dtype)
+        self.self_attn = Attention(config, layer, attn_implementation, dtype)
         self.self_attn_layer_norm = LayerNorm(config.hidden_size, **affine)
         self.fc1 = Linear(config.hidden_size, config.ffn_dim, **shape)
         self.fc2 = Linear(config.ffn_dim, config.hidden_size, **shape)
@@ -34,23 +34,27 @@ class DecoderLayer(Module):
         past: LayerCache | None,
         lengths_B: Tensor | None,
         output_attentions: bool,
-        training: bool = False,
         first_BT: Tensor | None = None,
+        head_mask_N: Tensor | None = None,
+        seeds: Tensor | None = None,
     ) -> tuple[Tensor, LayerCache, Tensor | None]:
-        dropout = self.dropout if training else 0.0
+        """In training there are `seeds` [`DROPPED`, 2]; the same ones drop the same values."""
+        dropout = 0.0 if seeds is None else self.dropout
+        seeds = NO_SEEDS if seeds is None else dict(zip(DROPPED, tf.unstack(seeds), strict=True))
         residual_BTD = x_BTD
         if self.pre_norm:
             x_BTD = self.self_attn_layer_norm(x_BTD)
-        x_BTD, present, weights_BNTS = self.self_attn(x_BTD, past, lengths_B, output_attentions, training, first_BT)
-        x_BTD = residual_BTD + drop_values(x_BTD, dropout)
+        given = past, lengths_B, output_attentions, first_BT, head_mask_N, seeds
+        x_BTD, present, weights_BNTS = self.self_attn(x_BTD, *given)
+        x_BTD = residual_BTD + drop_values(x_BTD, dropout, seeds["attention"])
         if not self.pre_norm:
             x_BTD = self.self_attn_layer_norm(x_BTD)
 
         residual_BTD = x_BTD
         if self.pre_norm:
             x_BTD = self.final_layer_norm(x_BTD)
-        x_BTD = self.fc2(self.activation(self.fc1(x_BTD)))
-        x_BTD = residual_BTD + drop_values(x_BTD, dropout)
+        x_BTD = self.fc2(self.activation(self.fc1(x_BTD, seeds["fc1"])), seeds["fc2"])
+        x_BTD = residual_BTD + drop_values(x_BTD, dropout, seeds["feed_forward"])
         if not self.pre_norm:
             x_BTD = self.final_layer_norm(x_BTD)
         return x_BTD, present, weights_BNTS
@@ -69,7 +73,7 @@ class Decoder(Module):
         self.project_in = self.project_out = None
         if config.has_projections:
             self.project_in = Linear(embed_size, hidden_size, bias=False, **init)
-        self.layers = [DecoderLayer(config, attn_implementation, dtype) for _ in range(config.num_hidden_layers)]
+        self.layers = [DecoderLayer(config, i, attn_implementation, dtype) for i in range(config.num_hidden_layers)]
         # Keras 3 keeps lists for itself: without this, tf.train.Checkpoint would silently leave out every layer.
         self._track_trackable(tf.__internal__.tracking.wrap(list(self.layers)), "layers")
         self.final_layer_norm = None
@@ -77,6 +81,7 @@ class Decoder(Module):
             self.final_layer_norm = LayerNorm(hidden_size, affine=config.layer_norm_elementwise_affine, dtype=dtype)
         if config.has_projections:
             self.project_out = Linear(hidden_size, embed_size, bias=False, **init)
+        self.gradient_checkpointing = False
 
     def call(
         self,
@@ -89,8 +94,10 @@ class Decoder(Module):
         output_attentions: bool = False,
         output_hidden_states: bool = False,
         segment_ids: Tensor | None = None,
-        training: bool = False,
+        head_mask: Tensor | None = None,
+        seed: Tensor | None = None,
     ) -> BaseModelOutput:
+        """In training there is a `seed` [2], of all that is dropped."""
         x_BTE = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         T = dims(x_BTE)[1]
         packing = None if attention_mask is None else make_packing(attention_mask[:, -T:])
@@ -105,12 +112,16 @@ class Decoder(Module):
             x_BTD = self.project_in(x_BTD)
         x_BTD = x_BTD + self.embed_positions(self.position_rows(x_BTD, position_ids, packing, lengths_B, first_BT))
 
+        seeds_L = self.split_seed(seed)
+        head_mask_LN = self.split_head_mask(head_mask)
+        recomputes = self.gradient_checkpointing and seed is not None and past is None and not use_cache
         inputs, presents, attentions = [], [], []
         for i, layer in enumerate(self.layers):
             inputs.append(x_BTD)
             past_layer = None if past is None else (past.keys[i], past.values[i])
-            y_BTD, present, weights_BNTS = layer(x_BTD, past_layer, lengths_B, output_attentions, training, first_BT)
-            x_BTD = self.drop_layer(x_BTD, y_BTD, training)
+            given = past_layer, lengths_B, output_attentions, first_BT, head_mask_LN[i], seeds_L[i]
+            y_BTD, present, weights_BNTS = (_recomputed(layer) if recomputes else layer)(x_BTD, *given)
+            x_BTD = self.drop_layer(x_BTD, y_BTD, seeds_L[i])
             presents.append(present)
             attentions.append(weights_BNTS)
         if self.final_layer_norm is not None:
@@ -151,11 +162,26 @@ class Decoder(Module):
         # A row before the table's positions is no error of `gather` by itself.
         return tf.where(position_ids >= 0, position_ids + POSITION_OFFSET, -1)
 
-    def drop_layer(self, x_BTD: Tensor, y_BTD: Tensor, training: bool) -> Tensor:
+    def split_seed(self, seed: Tensor | None) -> list[Tensor | None]:
+        """Seeds [`DROPPED`, 2] for each layer."""
+        if seed is None or not self.layers:
+            return [None] * len(self.layers)
+        shape = [len(self.layers), len(DROPPED), 2]
+        return tf.unstack(tf.random.stateless_uniform(shape, seed, None, None, tf.int32, alg="philox"))
+
+    def split_head_mask(self, head_mask: Tensor | None) -> list[Tensor | None]:
+        """The mask of each layer, of the heads that it has."""
+        if head_mask is None:
+            return [None] * len(self.layers)
+        masks_LN = tf.broadcast_to(head_mask, [len(self.layers), self.config.num_attention_heads])
+        return [tf.gather(masks_LN[i], self.config.remaining_heads(i)) for i in range(len(self.layers))]
+
+    def drop_layer(self, x_BTD: Tensor, y_BTD: Tensor, seeds: Tensor | None) -> Tensor:
         """LayerDrop (Fan et al., arXiv:1909.11556): in training, a layer is skipped with probability `layerdrop`."""
-        if not training or not self.config.layerdrop:
+        if seeds is None or not self.config.layerdrop:
             return y_BTD
-        return tf.where(tf.random.uniform([]) < self.config.layerdrop, x_BTD, y_BTD)
+        drawn = tf.random.stateless_uniform([], seeds[DROPPED.index("layer")], alg="philox")
+        return tf.where(drawn < self.config.layerdrop, x_BTD, y_BTD)
 
     def next_cache(
         self, past: Cache | None, presents: list[LayerCache], packing: Packing | None, x_BTE: Tensor
@@ -167,3 +193,20 @@ class Decoder(Module):
         if past is None:
             return GrowingCache(keys, values, new_B)
         return type(past)(keys, values, past.lengths + new_B)
+
+
+def _recomputed(layer: DecoderLayer):
+    """The layer without a cache, of which nothing is kept for its gradient but the input: it is computed again."""
+
+    def call(x_BTD, past, lengths_B, output_attentions, first_BT, head_mask_N, seeds):
+        @tf.recompute_grad
+        def outputs(x_BTD, *head_mask):
+            y_BTD, _, weights_BNTS = layer(
+                x_BTD, None, None, output_attentions, first_BT, *(head_mask or [None]), seeds
+            )
+            return [y_BTD] if weights_BNTS is None or not output_attentions else [y_BTD, weights_BNTS]
+
+        y_BTD, *weights_BNTS = outputs(x_BTD, *([] if head_mask_N is None else [head_mask_N]))
+        return y_BTD, None, *(weights_BNTS or [None])
+
+    return call

@@ -62,13 +62,17 @@ class Module(keras.layers.Layer):
 
 
 class Linear(Module):
-    """x W^T + b with `weight` [out, in]; weights start normal with `init_std`, biases at zero."""
+    """x W^T + b with `weight` [out, in]; weights start normal with `init_std`, biases at zero.
+
+    With an adapter (`enable_lora`) it adds scaling * (x A^T) B^T, with `lora_A` [r, in] and `lora_B` [out, r].
+    """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, init_std: float, dtype=None):
         super().__init__(dtype)
         self.init_std = init_std
         self.weight = self.add_parameter("weight", out_features, in_features)
         self.bias = self.add_parameter("bias", out_features) if bias else None
+        self.lora_A = self.lora_B = None
         if not _no_values.get():
             self.reset_parameters()
 
@@ -77,8 +81,44 @@ class Linear(Module):
         if self.bias is not None:
             self.bias.assign(tf.zeros_like(self.bias))
 
-    def call(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+    def enable_lora(self, rank: int, lora_alpha: float | None = None, lora_dropout: float = 0.0) -> None:
+        """Freezes the weight and adds an adapter to train, as Keras' own layers do; the scaling is lora_alpha / rank.
+
+        The matrices are float32 at least. A starts uniform within 1 / sqrt(in), B at zero, so nothing changes yet.
+        `lora_alpha` is `rank` by default, `lora_dropout` acts on the input of the adapter in training.
+        """
+        if self.lora_enabled:
+            raise ValueError("enable_lora: expected a layer without an adapter")
+        out_features, in_features = self.weight.shape
+        wide = "float64" if self.weight.dtype == "float64" else "float32"
+        uniform = keras.initializers.RandomUniform(-(in_features**-0.5), in_features**-0.5)
+        options = dict(dtype=wide, autocast=False)
+        self.lora_A = self.add_weight(name="lora_A", shape=(rank, in_features), initializer=uniform, **options)
+        self.lora_B = self.add_weight(name="lora_B", shape=(out_features, rank), initializer="zeros", **options)
+        self.lora_scaling = (rank if lora_alpha is None else lora_alpha) / rank
+        self.lora_dropout = lora_dropout
+        self.weight.trainable = False
+
+    @property
+    def lora_enabled(self) -> bool:
+        return self.lora_A is not None
+
+    def merge_lora(self) -> None:
+        """Adds the adapter's product to the weight, rounded once, and drops the adapter."""
+        product = tf.matmul(self.lora_B, self.lora_A) * self.lora_scaling
+        self.weight.assign(tf.cast(tf.cast(self.weight, product.dtype) + product, self.weight.dtype))
+        for matrix in (self.lora_A, self.lora_B):
+            self._untrack_variable(matrix)
+        self.lora_A = self.lora_B = None
+        self.weight.trainable = True
+
+    def call(self, x: Tensor, seed: Tensor | None = None) -> Tensor:
+        """`seed` [2] is given in training, for the dropout of an adapter."""
+        y = linear(x, self.weight, self.bias)
+        if not self.lora_enabled:
+            return y
+        down = linear(drop_values(x, 0.0 if seed is None else self.lora_dropout, seed), self.lora_A)
+        return y + self.lora_scaling * linear(down, self.lora_B)
 
 
 class Embedding(Module):
@@ -125,13 +165,24 @@ class LayerNorm(Module):
             self.bias.assign(tf.zeros_like(self.bias))
 
     def call(self, x: Tensor) -> Tensor:
-        wide = at_least_float32(x)
-        centred = wide - tf.reduce_mean(wide, axis=-1, keepdims=True)
-        variance = tf.reduce_mean(tf.square(centred), axis=-1, keepdims=True)
-        wide = centred * tf.math.rsqrt(variance + LAYER_NORM_EPS)
+        wide = _standardised(at_least_float32(x))
         if self.weight is not None:
             wide = wide * tf.cast(self.weight, wide.dtype) + tf.cast(self.bias, wide.dtype)
         return tf.cast(wide, x.dtype)
+
+
+@tf.custom_gradient
+def _standardised(x: Tensor):
+    """(x - mean) / sqrt(variance + 1e-5), of which the gradient keeps the result alone, and the roots."""
+    centred = x - tf.reduce_mean(x, axis=-1, keepdims=True)
+    scale = tf.math.rsqrt(tf.reduce_mean(tf.square(centred), axis=-1, keepdims=True) + LAYER_NORM_EPS)
+    y = centred * scale
+
+    def gradient(dy: Tensor) -> Tensor:
+        along_y = tf.reduce_mean(dy * y, axis=-1, keepdims=True)
+        return scale * (dy - tf.reduce_mean(dy, axis=-1, keepdims=True) - y * along_y)
+
+    return y, gradient
 
 
 def linear(x: Tensor, weight: keras.Variable, bias: keras.Variable | None = None) -> Tensor:
@@ -187,18 +238,21 @@ def _kept(table: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 
 def _in_xla_on_cpu() -> bool:
     """Whether what is traced now belongs to a function with `jit_compile` and there is no GPU."""
-    return control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()) and not _has_gpu()
+    return control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()) and not has_gpu()
 
 
-def _has_gpu() -> bool:
+def has_gpu() -> bool:
     return bool(tf.config.list_logical_devices("GPU"))
 
 
-def drop_values(x: Tensor, rate: float) -> Tensor:
-    """Zeroes each value with probability `rate` and scales the others by 1 / (1 - rate)."""
+def drop_values(x: Tensor, rate: float, seed: Tensor | None) -> Tensor:
+    """Zeroes each value with probability `rate` and scales the others by 1 / (1 - rate).
+
+    `seed` [2] decides which, under XLA others than without it; at a rate of 0 there may be none.
+    """
     if rate in (0, 1):  # TensorFlow refuses 1
         return x if rate == 0 else tf.zeros_like(x)
-    return tf.nn.dropout(x, rate)
+    return tf.nn.experimental.stateless_dropout(x, rate, seed, rng_alg="philox")
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from opt_core.reference import IGNORED_LABEL
 from opt_tf.blockwise import loop
 from opt_tf.layers import at_least_float32, dims, linear
 
-ROWS = 512  # of logits at a time
+ROWS = 256  # of logits at a time
 
 
 def linear_cross_entropy(

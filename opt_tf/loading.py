@@ -78,10 +78,10 @@ class LoadingMixin:
         with tf.device(device), no_values():
             model = cls(pretrained.config, attn_implementation=attn_implementation, dtype=pretrained.dtype)
         for name in pretrained.new:
-            _owner(model, published_name(name, cls.task))[0].reset_parameters()
+            owner_of(model, published_name(name, cls.task))[0].reset_parameters()
         stored = [name for name in shapes(pretrained.config, cls.task) if name not in pretrained.new]
         for name, array in read_parameters(pretrained.checkpoint, stored, pretrained.dtype, alignment=ALIGNMENT):
-            owner, attribute = _owner(model, published_name(name, cls.task))
+            owner, attribute = owner_of(model, published_name(name, cls.task))
             getattr(owner, attribute).assign(from_numpy(array))
         return model
 
@@ -114,7 +114,7 @@ class LoadingMixin:
 
     def weight(self, name: str) -> keras.Variable:
         """The parameter of a canonical name, e.g. `decoder.layers.0.fc1.weight`."""
-        owner, attribute = _owner(self, published_name(name, self.task))
+        owner, attribute = owner_of(self, published_name(name, self.task))
         return getattr(owner, attribute)
 
     def name_weights(self) -> None:
@@ -136,7 +136,8 @@ def to_numpy(variable: keras.Variable) -> np.ndarray:
     return variable.value.numpy()
 
 
-def _owner(model: keras.Model, name: str) -> tuple[Module, str]:
+def owner_of(model: keras.Model, name: str) -> tuple[Module, str]:
+    """The module that holds what a dotted name says, and the name it has there."""
     *path, attribute = name.split(".")
     owner = model
     for step in path:

@@ -45,6 +45,7 @@ class TFOPTModel(TFOPTPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         segment_ids=None,
+        head_mask=None,
         training: bool | None = None,
         **unknown,
     ) -> BaseModelOutput:
@@ -56,6 +57,7 @@ class TFOPTModel(TFOPTPreTrainedModel):
             past_key_values: a cache to continue; it stays as it is, the output holds the new one.
             segment_ids: [B, T], several documents in a row: tokens see those of the same run of ids, and positions
                 count from its beginning.
+            head_mask: [L, N], or [N] for all layers: what the output of each head is multiplied with.
 
         Raises:
             InputError: lists every argument that is out of range or of the wrong shape.
@@ -72,6 +74,7 @@ class TFOPTModel(TFOPTPreTrainedModel):
             training,
             unknown,
             segment_ids=segment_ids,
+            head_mask=head_mask,
         )
 
 
@@ -113,6 +116,7 @@ class TFOPTForCausalLM(GenerationMixin, TFOPTPreTrainedModel):
         output_hidden_states: bool | None = None,
         logits_to_keep: int = 0,
         segment_ids=None,
+        head_mask=None,
         training: bool | None = None,
         **unknown,
     ) -> CausalLMOutput:
@@ -134,6 +138,7 @@ class TFOPTForCausalLM(GenerationMixin, TFOPTPreTrainedModel):
             unknown,
             logits_to_keep,
             segment_ids,
+            head_mask,
         )
         hidden_BTE = out.last_hidden_state
         labels = as_index(labels)
@@ -182,6 +187,7 @@ class TFOPTForSequenceClassification(TFOPTPreTrainedModel):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        head_mask=None,
         training: bool | None = None,
         **unknown,
     ) -> SequenceClassifierOutput:
@@ -200,6 +206,7 @@ class TFOPTForSequenceClassification(TFOPTPreTrainedModel):
             output_hidden_states,
             training,
             unknown,
+            head_mask=head_mask,
         )
         hidden_BTE = out.last_hidden_state
         mask_BT = self.current_mask(attention_mask, dims(hidden_BTE)[1])
@@ -247,6 +254,7 @@ class TFOPTForQuestionAnswering(TFOPTPreTrainedModel):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        head_mask=None,
         training: bool | None = None,
         **unknown,
     ) -> QuestionAnsweringOutput:
@@ -265,6 +273,7 @@ class TFOPTForQuestionAnswering(TFOPTPreTrainedModel):
             output_hidden_states,
             training,
             unknown,
+            head_mask=head_mask,
         )
         hidden_BTE = out.last_hidden_state
         mask_BT = self.current_mask(attention_mask, dims(hidden_BTE)[1])

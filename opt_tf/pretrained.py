@@ -9,15 +9,18 @@ import tensorflow as tf
 from tensorflow import Tensor
 
 from opt_core.checks import arguments_of, check_config, check_inputs, check_keywords
-from opt_core.config import OPTConfig
+from opt_core.config import POSITION_OFFSET, OPTConfig
 from opt_core.errors import InputError, ProblemsError
+from opt_core.lora import LoraConfig
 from opt_core.outputs import BaseModelOutput
+from opt_core.schema import kept_by_pruning, published_name, weights
 from opt_tf.attention import check_implementation
 from opt_tf.cache import Cache, init_cache
 from opt_tf.decoder import Decoder
 from opt_tf.inputs import as_index, as_tensor, known, known_cache
 from opt_tf.layers import Embedding, Linear
-from opt_tf.loading import LoadingMixin, name_of
+from opt_tf.loading import LoadingMixin, name_of, owner_of
+from opt_tf.lora import add_lora
 
 
 class TFOPTPreTrainedModel(LoadingMixin, keras.Model):
@@ -35,6 +38,8 @@ class TFOPTPreTrainedModel(LoadingMixin, keras.Model):
         check_implementation(attn_implementation, config, self.compute_dtype)
         self.config = config
         self.attn_implementation = attn_implementation
+        self.lora: LoraConfig | None = None
+        self.seed_generator = keras.random.SeedGenerator()  # of what is dropped in training; no weight
         self.built = True  # the subclasses make every weight in their constructor
         self.forget_compiled()
 
@@ -60,6 +65,24 @@ class TFOPTPreTrainedModel(LoadingMixin, keras.Model):
         self.attn_implementation = attn_implementation
         for layer in self.base_model.decoder.layers:
             layer.self_attn.attn_implementation = attn_implementation
+        self.forget_compiled()
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping | None = None) -> None:
+        """From here on, training keeps the inputs of layers alone, and computes the rest again for the gradients.
+
+        The options are those of other frameworks; TensorFlow has none.
+        """
+        self._set_gradient_checkpointing(True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self._set_gradient_checkpointing(False)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self.base_model.decoder.gradient_checkpointing
+
+    def _set_gradient_checkpointing(self, enabled: bool) -> None:
+        self.base_model.decoder.gradient_checkpointing = enabled
         self.forget_compiled()
 
     def num_parameters(self, only_trainable: bool = False) -> int:
@@ -104,9 +127,62 @@ class TFOPTPreTrainedModel(LoadingMixin, keras.Model):
         if head is not None and not config.tie_word_embeddings:
             new = Linear(config.word_embed_proj_dim, new_num_tokens, bias=False, **init)
             _replace_layer(self, "lm_head", _with_rows_of(head, new))
-        self.config.vocab_size = new_num_tokens
+        self._set_config(config)
         self.name_weights()
         return self.get_input_embeddings()
+
+    def resize_position_embeddings(self, new_num_position_embeddings: int) -> None:
+        """Makes room for sequences of so many tokens; keeps the first rows, new ones start as in a new model.
+
+        A compiled optimizer keeps slots of the old shape: call `compile` again.
+        """
+        config = self.config.replace(max_position_embeddings=new_num_position_embeddings)
+        init = dict(init_std=config.init_std, dtype=self.dtype_policy)
+        new = Embedding(new_num_position_embeddings + POSITION_OFFSET, config.hidden_size, **init)
+        decoder = self.base_model.decoder
+        _replace_layer(decoder, "embed_positions", _with_rows_of(decoder.embed_positions, new))
+        self._set_config(config)
+        self.name_weights()
+        self.forget_compiled()
+
+    def prune_heads(self, heads_to_prune: Mapping[int, Iterable[int]]) -> None:
+        """Takes heads out of layers for good: {layer: heads}, numbered as before any was pruned.
+
+        The config, which is then the model's own, keeps them as `pruned_heads`, files as well. Heads that are gone
+        already may be named again. A compiled optimizer keeps slots of the old shape: call `compile` again.
+
+        Raises:
+            ConfigError: lists every layer or head that there is not, and every layer that would have no head left.
+            InputError: the model has adapters.
+        """
+        if self.lora is not None:
+            raise InputError("prune_heads", ["model: expected one without adapters; merge_lora makes it one"])
+        before, after = self.config, self.config.without_heads(heads_to_prune)
+        for weight in weights(before, self.task):
+            place = kept_by_pruning(weight, before, after)
+            if place is not None:
+                self._keep(weight.name, *place)
+        for layer, attention in enumerate(layer.self_attn for layer in self.base_model.decoder.layers):
+            attention.num_heads = after.heads_of(layer)
+        self._set_config(after)
+        self.name_weights()
+        self.forget_compiled()
+
+    def _keep(self, name: str, axis: int, index: list[int]) -> None:
+        """Shortens a parameter to some indices along one axis."""
+        owner, attribute = owner_of(self, published_name(name, self.task))
+        old = getattr(owner, attribute)
+        owner._untrack_variable(old)
+        kept = tf.gather(old.value, index, axis=axis)
+        new = owner.add_parameter(attribute, *kept.shape)
+        new.assign(kept)
+        new.trainable = old.trainable
+        setattr(owner, attribute, new)
+
+    def _set_config(self, config: OPTConfig) -> None:
+        """From here on this is the config, and the one that the model was made with stays as it is."""
+        for owner in (self, self.base_model, self.base_model.decoder):
+            owner.config = config
 
     # -- the call -----------------------------------------------------------------------------------------------------
 
@@ -142,6 +218,7 @@ class TFOPTPreTrainedModel(LoadingMixin, keras.Model):
         logits_to_keep: int = 0,
         segment_ids=None,
         use_cache: bool | None = None,
+        head_mask=None,
     ) -> None:
         """Raises one InputError with everything wrong; to call before a compiled function, which sees no values.
 
@@ -158,6 +235,7 @@ class TFOPTPreTrainedModel(LoadingMixin, keras.Model):
             logits_to_keep=logits_to_keep,
             segment_ids=known(as_index(segment_ids)),
             use_cache=use_cache,
+            head_mask=known(as_tensor(head_mask)),
         )
 
     def decode(
@@ -174,12 +252,13 @@ class TFOPTPreTrainedModel(LoadingMixin, keras.Model):
         unknown: Iterable[str],
         logits_to_keep: int = 0,
         segment_ids=None,
+        head_mask=None,
     ) -> BaseModelOutput:
         """Takes defaults from the config, checks everything, and runs the decoder."""
         config = self.config
         check_keywords(unknown, arguments_of(self.call))
         given = (input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, logits_to_keep)
-        self.check_inputs(*given, segment_ids, use_cache)
+        self.check_inputs(*given, segment_ids, use_cache, head_mask)
         attention_mask = as_tensor(attention_mask)
         if attention_mask is not None and tf.executing_eagerly() and tf.reduce_all(tf.cast(attention_mask, tf.bool)):
             attention_mask = None  # nothing to pack, and no mask where none is needed
@@ -193,8 +272,13 @@ class TFOPTPreTrainedModel(LoadingMixin, keras.Model):
             config.output_attentions if output_attentions is None else output_attentions,
             config.output_hidden_states if output_hidden_states is None else output_hidden_states,
             as_index(segment_ids),
-            bool(training),
+            as_tensor(head_mask, self.compute_dtype),
+            self.next_seed() if training else None,
         )
+
+    def next_seed(self) -> Tensor:
+        """Another seed [2] int32 with each call; `seed_generator.state` [2] decides which, and counts the calls."""
+        return tf.cast(self.seed_generator.next() % tf.int32.max, tf.int32)
 
     def current_mask(self, attention_mask, tokens: int | Tensor) -> Tensor | None:
         """The columns of a mask that belong to the tokens of this call."""
@@ -236,13 +320,18 @@ class TFOPTPreTrainedModel(LoadingMixin, keras.Model):
             "config": self.config.to_dict(),
             "attn_implementation": self.attn_implementation,
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
+            "lora": None if self.lora is None else self.lora.to_dict(),
         }
 
     @classmethod
     def from_config(cls, config: dict):
         """Makes the model that `get_config` described, with new weights."""
         config = dict(config, dtype=keras.dtype_policies.deserialize(config["dtype"]))
-        return cls(OPTConfig.from_dict(config.pop("config")), **config)
+        lora = config.pop("lora", None)
+        model = cls(OPTConfig.from_dict(config.pop("config")), **config)
+        if lora is not None:
+            add_lora(model, LoraConfig.from_dict(lora))
+        return model
 
 
 # Arguments of the four classes that are not one tensor each.
