@@ -67,17 +67,20 @@ class _LogitsInBlocks(torch.autograd.Function):
     def forward(ctx, hidden_RE, weight_VE, targets_R, dtype):
         gradients = _zeros(ctx, hidden_RE, weight_VE)
         loss = _loss_by_rows(hidden_RE.to(dtype), weight_VE.to(dtype), targets_R, *gradients)
+        for gradient in gradients:
+            if gradient is not None:
+                gradient /= _count(targets_R)
         ctx.dtypes = hidden_RE.dtype, weight_VE.dtype
-        ctx.save_for_backward(*gradients, _count(targets_R))
+        ctx.save_for_backward(*gradients)
         return loss
 
     @staticmethod
     def backward(ctx, d_loss):
         _check_once()
-        *gradients, count = ctx.saved_tensors
-        scale = d_loss / count
-        pairs = zip(gradients, ctx.dtypes, strict=True)
-        return *(None if d is None else _cast(d * scale, dtype) for d, dtype in pairs), None, None
+        gradients = ctx.saved_tensors
+        if d_loss.device.type != "cpu" or torch.compiler.is_compiling() or d_loss != 1:  # a copy of the weight's size
+            gradients = [None if d is None else d * d_loss for d in gradients]
+        return *map(_cast, gradients, ctx.dtypes), None, None
 
 
 def _loss_by_rows(
