@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError, raise_if
-from opt_core.schema import AXES, Weight, weights
+from opt_core.schema import AXES, Weight, shapes, weights
 
 Spec = tuple[str | None, ...]  # for each dimension of a weight the axis that cuts it, None where it is whole
 
@@ -180,10 +180,9 @@ def local_shape(shape: Sequence[int], spec: Spec, mesh: Mesh) -> tuple[int, ...]
     Raises:
         InputError: a length that its axis does not divide.
     """
-    parts = [mesh.size(axis) for axis in spec]
-    pairs = list(zip(shape, parts, strict=True))
-    problems = [f"expected a multiple of {n}, got {length}" for length, n in pairs if length % n]
-    raise_if(InputError, f"{tuple(shape)} cut over {mesh}", problems)
+    pairs = [(length, mesh.size(axis)) for length, axis in zip(shape, spec, strict=True)]
+    if problems := [f"expected a multiple of {n}, got {length}" for length, n in pairs if length % n]:
+        raise InputError(f"{tuple(shape)} cut over {mesh}", problems)
     return tuple(length // n for length, n in pairs)
 
 
@@ -192,7 +191,7 @@ def local_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Name to the shape that every device holds, for every stored weight; raises as `partition`."""
     specs = partition(config, mesh, rules, task)
-    return {w.name: local_shape(w.shape(config), specs[w.name], mesh) for w in weights(config, task)}
+    return {name: local_shape(shape, specs[name], mesh) for name, shape in shapes(config, task).items()}
 
 
 def shard_bytes(config: OPTConfig, mesh: Mesh, item_bytes: int, rules: Rules = RULES, task: str = "causal-lm") -> int:

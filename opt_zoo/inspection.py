@@ -1,4 +1,7 @@
-"""`opt-zoo inspect`: what a checkpoint holds, from its headers and config alone; no weight is read unless asked for."""
+"""`opt-zoo inspect`: what a checkpoint holds, from its headers and config alone; no weight is read unless asked for.
+
+With an option of a plan, or for a preset: what the model needs on several devices (`planning_report`).
+"""
 
 import argparse
 import math
@@ -14,11 +17,13 @@ from conversion.manifest import differing_weights, read_manifest
 from conversion.stored import DTYPES
 from opt_core.errors import CheckpointError
 from opt_zoo.console import print_json, stdout_console
+from opt_zoo.planning_report import add_plan_arguments, run_plan, wants_plan
 from opt_zoo.sources import add_source, display_name, find_source
 
 SUMMARY = "show what a checkpoint holds"
 DESCRIPTION = """Shows the config, the class, the format, dtypes and sizes of a checkpoint, and whether its tensors are
-those that its config asks for. Exit code 2 where they are not, or with --verify where a weight is another."""
+those that its config asks for. Exit code 2 where they are not, or with --verify where a weight is another. With
+--devices or another option of a plan: what each of several devices needs, which layouts fit, and the least time."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,11 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify", action="store_true", help="read every weight and compare it with its hash in the manifest"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, with every tensor")
+    parser.add_argument("--json", action="store_true", help="print JSON, with every tensor, or with the plan")
+    add_plan_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the description; returns 0 for a whole checkpoint, 2 for one that does not fit its config."""
+    if wants_plan(args):
+        return run_plan(args)
     source = find_source(args.source, args.model)
     path = resolve(source)
     with open_checkpoint(path) as checkpoint:
