@@ -1,0 +1,85 @@
+"""Trains a causal language model on texts, from scratch or from a checkpoint, in any of the three frameworks.
+
+    python examples/train_causal_lm.py --backend torch                                   # a small OPT, from scratch
+    python examples/train_causal_lm.py --backend flax --from opt-tiny --rate 3e-4        # fine-tuning
+    python examples/train_causal_lm.py --backend tf --train my.jsonl --validation held-out.jsonl
+
+Texts are packed into rows without padding, and those that share a row do not see each other. The perplexity on held-out
+texts is measured before, during and after. Stopped, even killed, and started again with the same command, it goes on.
+The result is in FOLDER/model, for `from_pretrained` of all three.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+from shakespeare_data import parts_of_text, texts
+
+from opt_core import OPTConfig, OPTTokenizer
+from opt_core.batching import Batches, PackedDocuments, count_targets
+from opt_core.optimization import TrainingRecipe
+from opt_core.text_sources import read_texts
+from opt_zoo.backends import BACKENDS, load_backend
+from opt_zoo.embedded import embedded_folder
+from opt_zoo.sources import find_source
+from opt_zoo.training_log import summary
+from opt_zoo.training_loop import train
+
+SCRATCH = dict(hidden_size=128, ffn_dim=512, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=256)
+
+
+def main() -> None:
+    args = parse_arguments()
+    source = args.source and find_source(args.source, None)
+    tokenizer = OPTTokenizer.from_pretrained(source or embedded_folder("opt-tiny"))
+    sources = (args.train, args.validation) if args.train else [texts(part) for part in parts_of_text()]
+    documents = [read_texts(source, at_blank_lines=True) for source in sources]
+    rows, held_out = (PackedDocuments(tokenizer(those)["input_ids"], args.length) for those in documents)
+    batches = Batches(rows, args.batch_size, seed=args.seed)
+    validation = Batches(held_out, args.batch_size, shuffle=False, drop_last=False)
+
+    backend = load_backend(args.backend)
+    model_class = backend.model_class("causal-lm")
+    new = OPTConfig(vocab_size=len(tokenizer), **SCRATCH)
+    model = model_class.from_pretrained(source) if source else model_class(new)
+    recipe = TrainingRecipe(args.rate, warmup_steps=args.steps // 10, total_steps=args.steps)
+    trainer = backend.part("training").Trainer(model, recipe, seed=args.seed)
+
+    result = train(
+        trainer, batches, args.steps, args.folder,
+        validate=lambda: perplexity(trainer, validation), validate_every=args.every, save_every=args.every,
+        identity={"from": args.source},
+    )  # fmt: skip
+    model.save_pretrained(args.folder / "model")
+    tokenizer.save_pretrained(args.folder / "model")
+    print(summary(result, "perplexity"))
+
+
+def perplexity(trainer, batches: Batches) -> dict[str, float]:
+    """exp of the mean loss of all tokens that are predicted."""
+    counts = [count_targets(batch) for batch in batches]
+    losses = [trainer.evaluate(batch) * count for batch, count in zip(batches, counts, strict=True)]
+    return {"perplexity": math.exp(sum(losses) / sum(counts))}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--backend", choices=BACKENDS, required=True)
+    parser.add_argument("--from", dest="source", metavar="SOURCE", help="a checkpoint to go on from; default: none")
+    parser.add_argument("--train", type=Path, metavar="FILE", help=".txt (a text between blank lines), .csv or .jsonl")
+    parser.add_argument("--validation", type=Path, metavar="FILE", help="held-out texts, with --train")
+    parser.add_argument("--folder", type=Path, default=Path("causal-lm"), help="of the run; default: causal-lm")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--every", type=int, default=100, help="steps between validations and checkpoints")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256, help="tokens of a row")
+    parser.add_argument("--rate", type=float, default=2e-3, help="the highest learning rate")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if (args.train is None) != (args.validation is None):
+        parser.error("expected --train and --validation, or neither")
+    return args
+
+
+if __name__ == "__main__":
+    main()
