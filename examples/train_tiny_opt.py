@@ -200,7 +200,7 @@ It is for demonstrations and tests that need trained weights and no network. Gre
 
 - Architecture: {sizes}; {parameters:,} parameters, stored in float16.
 - Data: Tiny Shakespeare, about 1 MB of Shakespeare's plays, which are in the public domain. The last 10 % of the
-  characters were held out. The text itself is not part of this repository.
+  characters were held out. Its last third is in `examples/data`.
 - Tokenizer: byte-level BPE of {vocab_size} tokens with OPT's special ids, trained on the same 90 %. Prompts begin with
   `</s>` (id 2), as OPT's do; training never showed where a text ends, so the model goes on until it is stopped.
 - Licence: that of this repository.
