@@ -27,7 +27,7 @@ class Job(NamedTuple):
 
     Inference: a prompt and its new tokens have `length` slots in the cache. Training: a step of AdamW, its batch
     computed in `accumulate` parts, each layer computed again in the backward pass if `recompute`; gradients and both
-    moments have the dtype of the weights, as the Trainers have it.
+    moments have the dtype of the weights, as the Trainers have it, products `compute_dtype` if it is another.
     """
 
     config: OPTConfig
@@ -37,6 +37,11 @@ class Job(NamedTuple):
     length: int = 2048
     accumulate: int = 1
     recompute: bool = False
+    compute_dtype: str | None = None
+
+    @property
+    def computed_in(self) -> str:
+        return self.compute_dtype or self.dtype
 
     def check(self) -> None:
         """Raises an InputError that lists the numbers that are out of range."""
@@ -44,6 +49,8 @@ class Job(NamedTuple):
         problems = [f"{name}: expected at least 1, got {count}" for name, count in counts.items() if count < 1]
         if self.length > self.config.max_position_embeddings:
             problems.append(f"length: expected at most {self.config.max_position_embeddings}, got {self.length}")
+        if self.mode == "inference" and self.computed_in != self.dtype:
+            problems.append(f"compute_dtype: expected {self.dtype}, the dtype, in inference, got {self.compute_dtype}")
         if problems:
             raise InputError("plan", problems)
 
@@ -56,7 +63,7 @@ class Memory(NamedTuple):
     optimizer: int
     cache: int
     activations: int  # at their peak, with the buffers of that moment
-    gathered: int  # weights of other devices, there while they are used, and their gradients
+    gathered: int  # weights of other devices or in another dtype, there while they are used, and their gradients
     total: int  # at the peak of them together, which may be less than their sum
 
 
@@ -120,7 +127,7 @@ def memory_of(job: Job, mesh: Mesh) -> Memory:
     """Raises an InputError as `partition` and `local_batch` do."""
     config, item = job.config, ITEM_BYTES[job.dtype]
     rows = _rows(job, mesh)
-    part = Part(config, mesh.size("tensor"), rows * job.length, item)
+    part = Part(config, mesh.size("tensor"), rows * job.length, item, ITEM_BYTES[job.computed_in])
     held = item * sum(map(math.prod, local_shapes(config, mesh).values()))
     gathered = _gathered_bytes(job, mesh)
     if job.mode == "inference":
@@ -149,7 +156,8 @@ class Part(NamedTuple):
     config: OPTConfig
     cut: int
     tokens: int
-    item: int
+    item: int  # bytes of a weight, and of a hidden state between layers
+    computed: int  # of what products take
 
     @property
     def heads(self) -> Iterator[float]:
@@ -173,7 +181,7 @@ class Part(NamedTuple):
         feed-forward once, twice where the activation's input is not in its output. No array of T x T."""
         D, F, A = self.config.hidden_size, self.config.ffn_dim, heads * self.config.head_size
         hidden = 1 if self.config.activation_function == "relu" else 2
-        values = self.item * (4 * D + 4 * A + hidden * F / self.cut)
+        values = 2 * D * self.item + self.computed * (2 * D + 4 * A + hidden * F / self.cut)
         masks = 2 * D * (self.config.dropout > 0)  # a byte each
         return self.tokens * (values + masks + FLOAT32 * (4 + heads))  # statistics of norms and softmax
 
@@ -187,7 +195,9 @@ class Part(NamedTuple):
     def end_bytes(self) -> float:
         """Behind the last layer: its output, normalised and projected, and the gradient of that in float32."""
         D, E = self.config.hidden_size, self.config.word_embed_proj_dim
-        return self.tokens * (self.item * (2 * D + E * self.config.has_projections) + FLOAT32 * E)
+        return self.tokens * (
+            (self.item + self.computed) * D + self.computed * E * self.config.has_projections + FLOAT32 * E
+        )
 
     @property
     def head_weight_bytes(self) -> float:
@@ -198,7 +208,7 @@ class Part(NamedTuple):
         """At the loss, which makes the head's gradient: a block of logits is there."""
         vocabulary = self.config.vocab_size / self.cut
         block = min(self.tokens * vocabulary, max(LOGITS_BLOCK, vocabulary))
-        logits = self.item * block + 2 * FLOAT32 * min(block, GRADIENTS_BLOCK)
+        logits = self.computed * block + 2 * FLOAT32 * min(block, GRADIENTS_BLOCK)
         return int(self.kept_bytes(recompute) + self.end_bytes + self.head_weight_bytes + logits)
 
     def backward_bytes(self, recompute: bool) -> int:
@@ -220,14 +230,16 @@ class Part(NamedTuple):
         """In the backward pass of a layer: gradients of the feed-forward before and after the activation, of the hidden
         states, and of a weight."""
         D, F = self.config.hidden_size, self.config.ffn_dim / self.cut
-        return self.item * (self.tokens * (2 * F + 2 * D) + D * F)
+        return self.computed * self.tokens * (2 * F + D) + self.item * (self.tokens * D + D * F)
 
 
 def _gathered_bytes(job: Job, mesh: Mesh) -> int:
     """Where a batch axis cuts weights: those outside the layers stay gathered, and of the layers the one in use and the
-    one that is fetched meanwhile; in training also the gradients of as much, but of one layer."""
-    if mesh.size("fsdp") == 1:
-        return 0
+    one that is fetched meanwhile; in training also the gradients of as much, but of one layer.
+
+    Elsewhere, where products have another dtype than weights: a copy of all of them.
+    """
+    computed = ITEM_BYTES[job.computed_in]
     outside, layers = 0, [0] * job.config.num_hidden_layers
     whole = local_shapes(job.config, computing_mesh(mesh))
     for weight in weights(job.config):
@@ -236,9 +248,10 @@ def _gathered_bytes(job: Job, mesh: Mesh) -> int:
             outside += size
         else:
             layers[weight.layer] += size
+    if mesh.size("fsdp") == 1:
+        return computed * (outside + sum(layers)) if job.computed_in != job.dtype else 0
     largest = max(layers, default=0)
-    numbers = outside + 2 * largest + (outside + largest if job.mode == "training" else 0)
-    return ITEM_BYTES[job.dtype] * numbers
+    return computed * (outside + 2 * largest + (outside + largest if job.mode == "training" else 0))
 
 
 # -- time -------------------------------------------------------------------------------------------------------------
@@ -246,7 +259,7 @@ def _gathered_bytes(job: Job, mesh: Mesh) -> int:
 
 def seconds_of(job: Job, mesh: Mesh, device: Device) -> dict[str, float] | None:
     """The larger of bytes over bandwidth and operations over rate; None where the device's are not known."""
-    rate = device.flops_of(job.dtype)
+    rate = device.flops_of(job.computed_in)
     if rate is None or device.bandwidth is None:
         return None
     cut, rows = mesh.size("tensor"), local_batch(job.batch, mesh)

@@ -19,7 +19,7 @@ from opt_zoo.sources import display_name, find_source
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 OPTIONS = ["devices", "device", "memory", "bandwidth", "flops", "dtype", "batch", "length", "mode", "layout"]
-OPTIONS += ["accumulate", "recompute"]
+OPTIONS += ["accumulate", "recompute", "compute_dtype"]
 _COLUMNS = {"inference": ("weights", "cache"), "training": ("weights", "gradients", "optimizer")}
 
 
@@ -32,9 +32,9 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--memory", type=_size, metavar="SIZE", help="of each instead, such as 80GB")
     group.add_argument("--bandwidth", type=_size, metavar="SIZE", help="bytes a second of each instead, such as 2TB")
     group.add_argument("--flops", type=float, metavar="F", help="operations a second of each instead, such as 312e12")
-    group.add_argument(
-        "--dtype", choices=(*DTYPES, *DTYPES.values()), help="of the weights (default: as stored, of a preset float16)"
-    )
+    dtypes = (*DTYPES, *DTYPES.values())
+    group.add_argument("--dtype", choices=dtypes, help="of the weights (default: as stored, of a preset float16)")
+    group.add_argument("--compute-dtype", choices=dtypes, help="of products in training (default: that of the weights)")
     group.add_argument("--batch", type=int, metavar="B", help="rows, on all devices together (default: 1)")
     group.add_argument("--length", type=int, metavar="T", help="tokens of a row, new ones included (default: 2048)")
     group.add_argument("--mode", choices=MODES, help=f"default: {MODES[0]}")
@@ -68,6 +68,7 @@ def job_of(args: argparse.Namespace, config: OPTConfig) -> Job:
     return Job(
         config,
         dtype=DTYPES.get(args.dtype, args.dtype) or stored,
+        compute_dtype=DTYPES.get(args.compute_dtype, args.compute_dtype),
         length=min(Job._field_defaults["length"], config.max_position_embeddings)
         if args.length is None
         else args.length,
@@ -88,7 +89,7 @@ def describe_plan(job: Job, devices: int, device: Device, layouts: tuple[str, ..
     return {
         "job": {name: value for name, value in job._asdict().items() if name != "config"},
         "devices": devices,
-        "device": {**device._asdict(), "flops": device.flops_of(job.dtype)},
+        "device": {**device._asdict(), "flops": device.flops_of(job.computed_in)},
         "plans": [_described(plan, device) for plan in found],
         "fewest_devices": {
             layout: None if (plan := fewest_devices(job, device, layout)) is None else _described(plan, device)
@@ -118,7 +119,7 @@ def print_plan(document: dict[str, Any]) -> None:
     rates = ", ".join(_rates(device))
     details = f", {job['accumulate']} parts" * (job["accumulate"] > 1) + ", recomputed" * job["recompute"]
     console.print(
-        f"{document['source']}, {job['mode']} in {job['dtype']}: {job['batch']} x {job['length']} tokens{details}; "
+        f"{document['source']}, {job['mode']} in {_dtypes(job)}: {job['batch']} x {job['length']} tokens{details}; "
         f"{document['devices']} devices of {_gigabytes(device['memory'])} GB each ({rates})",
         markup=False,
     )
@@ -133,6 +134,10 @@ def print_plan(document: dict[str, Any]) -> None:
             console.print(f"{_name(plan)}: {problem.removeprefix(plan['layout'] + ': ')}", markup=False, soft_wrap=True)
     for layout, plan in document["fewest_devices"].items():
         console.print(f"fewest devices, {layout}: {_fewest(plan)}", markup=False)
+
+
+def _dtypes(job: dict[str, Any]) -> str:
+    return f"{job['dtype']}, computed in {job['compute_dtype']}" if job["compute_dtype"] else job["dtype"]
 
 
 def _rates(device: dict[str, Any]):

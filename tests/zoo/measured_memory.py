@@ -29,8 +29,10 @@ def run(config: OPTConfig, job: dict, ids_BT: np.ndarray) -> None:
     if job.get("recompute"):
         model.gradient_checkpointing_enable()
     trainer = Trainer(model, TrainingRecipe(), accumulate=job.get("accumulate", 1))
+    compute_dtype = job.get("compute_dtype")
     for _ in range(STEPS):
-        trainer.step({"input_ids": ids_BT, "labels": ids_BT})
+        with torch.autocast("cpu", getattr(torch, compute_dtype or "bfloat16"), enabled=compute_dtype is not None):
+            trainer.step({"input_ids": ids_BT, "labels": ids_BT})
 
 
 def main(job: dict) -> int | None:

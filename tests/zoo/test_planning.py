@@ -40,7 +40,7 @@ def test_a_layer_saves_what_is_published_less_the_arrays_of_attention(cut):
     """Korthikanti et al., arXiv:2205.05198, equation 2: s b h (10 + 24 / t) bytes for GELU with dropout in half
     precision, and 5 a s / (h t) more for arrays of T x T."""
     config = OPT_175B.replace(activation_function="gelu", dropout=0.1)
-    part = Part(config, cut, tokens=3 * 2048, item=2)
+    part = Part(config, cut, tokens=3 * 2048, item=2, computed=2)
     statistics = 4 * (4 + 96 / cut)  # of two norms, and of the softmax of each head
     assert part.saved_bytes(96 / cut) == 3 * 2048 * (12288 * (10 + 24 / cut) + statistics)
 
@@ -102,6 +102,19 @@ def test_parts_of_a_batch_and_recomputation_take_less_for_activations():
     assert again.activations < memory.activations / 3
     assert in_parts.total == sum(in_parts[:-1])
     assert memory.total < sum(memory[:-1])  # activations go as gradients come
+
+
+def test_mixed_precision_keeps_float32_for_weights_and_moments_and_copies_what_products_take():
+    job = Job(OPTConfig.preset("1.3b"), "training", "float32", batch=8)
+    mixed, alone, half = job._replace(compute_dtype="bfloat16"), memory_of(job, ALONE), job._replace(dtype="bfloat16")
+    memory = memory_of(mixed, ALONE)
+    assert memory[:3] == alone[:3]
+    assert memory_of(half, ALONE).activations < memory.activations < alone.activations
+    assert memory.gathered == 2 * parameter_count(job.config)
+    assert memory_of(mixed, fsdp(8)).gathered == memory_of(job, fsdp(8)).gathered / 2 < memory.gathered
+    assert seconds_of(mixed, ALONE, A100) == seconds_of(half, ALONE, A100)
+    with pytest.raises(InputError, match="compute_dtype: expected float32, the dtype, in inference, got bfloat16"):
+        mixed._replace(mode="inference").check()
 
 
 def test_weights_that_are_gathered_are_less_than_all_and_more_than_a_layer():
@@ -256,9 +269,10 @@ MEASURED |= dict(dropout=0.0)  # a CPU keeps float masks; plans count a byte
         dict(mode="inference", batch=4, length=512),
         pytest.param(dict(mode="inference", batch=2, length=2048, dtype="bfloat16"), marks=pytest.mark.slow),
         pytest.param(dict(mode="training", batch=4, length=256), marks=pytest.mark.slow),
-        pytest.param(dict(mode="training", batch=1, length=2048, accumulate=1), marks=pytest.mark.slow),
+        pytest.param(dict(mode="training", batch=1, length=2048), marks=pytest.mark.slow),
         pytest.param(dict(mode="training", batch=4, length=512, accumulate=2), marks=pytest.mark.slow),
         pytest.param(dict(mode="training", batch=4, length=512, recompute=True), marks=pytest.mark.slow),
+        pytest.param(dict(mode="training", batch=4, length=512, compute_dtype="bfloat16"), marks=pytest.mark.slow),
     ],
     ids=lambda job: " ".join(map(str, job.values())),
 )
