@@ -21,17 +21,23 @@ def gradients_of(backend, model, **inputs):
     return backend.loss_and_gradients(model, training=True, **inputs)
 
 
-@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("variant", ["pre-norm", "350m style"])
-@pytest.mark.parametrize("case", ["plain", "padding", "documents", "head mask"])
+@pytest.mark.parametrize(
+    ("case", "variant", "attn_implementation"),
+    [
+        ("plain", "350m style", "sdpa"),
+        ("padding", "pre-norm", "sdpa"),
+        ("documents", "pre-norm", "eager"),
+        ("head mask", "pre-norm", "sdpa"),
+    ],
+)
 def test_recomputed_layers_have_the_same_gradients(backend, case, variant, attn_implementation):
-    config = config_of(variant, **RANDOM)
+    config = config_of(variant, **RANDOM, num_hidden_layers=2)
     ids = token_ids(config)
     inputs = {
         "plain": {},
         "padding": dict(attention_mask=mask_named("an empty row")),
         "documents": dict(segment_ids=SEGMENTS),
-        "head mask": dict(head_mask=np.linspace(0, 2, 15, dtype=np.float32).reshape(3, 5)),
+        "head mask": dict(head_mask=np.linspace(0, 2, 10, dtype=np.float32).reshape(2, 5)),
     }[case] | dict(input_ids=ids, labels=ids)
     results = []
     for recomputes in (False, True):
