@@ -135,11 +135,14 @@ def test_a_plan_fits_from_its_total_on():
     assert not found.fits(found.memory.total - 1)
 
 
-@pytest.mark.parametrize(("name", "devices"), [("opt-13b", 1), ("opt-175b", 8)])
-def test_so_many_devices_serve_a_size_as_are_known_to(name, devices):
-    """Of A100s: Kwon et al., arXiv:2309.06180, table 1; for 66b it has four, of which two would hold a single row."""
+@pytest.mark.parametrize(
+    ("name", "device", "devices"),
+    [("opt-13b", "a100-40gb", 1), ("opt-66b", "a100-40gb", 4), ("opt-175b", "a100-80gb", 8)],
+)
+def test_a_size_needs_as_many_devices_as_it_was_served_on(name, device, devices):
+    """Kwon et al., arXiv:2309.06180, table 1."""
     job = Job(OPTConfig.preset(name), "inference", "float16")
-    assert fewest_devices(job, A100, "tensor").mesh.devices == devices
+    assert fewest_devices(job, DEVICES[device], "tensor").mesh.devices == devices
 
 
 def test_with_half_of_the_fewest_devices_nothing_fits():
