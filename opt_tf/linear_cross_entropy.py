@@ -90,13 +90,14 @@ def _by_rows(
             d_hidden_CE = _only(counted_C, tf.cast(tf.matmul(d_logits_CV, weight_VE), wide))
             d_hidden_RE = tf.tensor_scatter_nd_add(d_hidden_RE, (start + tf.range(C))[:, None], d_hidden_CE)
         if wants_d_weight:
-            d_weight_VE += tf.cast(tf.matmul(d_logits_CV, _only(counted_C, hidden_CE), transpose_a=True), wide)
+            product_VE = tf.cast(tf.matmul(d_logits_CV, _only(counted_C, hidden_CE), transpose_a=True), wide)
+            d_weight_VE = product_VE if d_weight_VE is None else d_weight_VE + product_VE
         return j + 1, total, d_hidden_RE, d_weight_VE
 
     nothing = tf.zeros([], wide)
     d_hidden_RE = tf.zeros([R, E], wide) if wants_d_hidden else nothing
-    d_weight_VE = tf.zeros(dims(weight_VE), wide) if wants_d_weight else nothing
-    total, d_hidden_RE, d_weight_VE = loop(0, J, rows, nothing, d_hidden_RE, d_weight_VE)
+    _, *sums = rows(tf.constant(0), nothing, d_hidden_RE, None if wants_d_weight else nothing)
+    total, d_hidden_RE, d_weight_VE = loop(1, J, rows, *sums)
     return total, d_hidden_RE if wants_d_hidden else None, d_weight_VE if wants_d_weight else None
 
 

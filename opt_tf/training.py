@@ -60,15 +60,15 @@ class Trainer:
             TrainingError: the loss or the gradient is not finite; weights and moments stay as they were.
         """
         sums = None
-        for number, (part, share) in enumerate(self._parts(self._checked(batch))):
+        for number, (part, share) in enumerate(self._parts(self._checked(batch)), start=1):
             self.model.seed_generator.state.assign([self.seed, self.step_count * self.accumulate + number])
-            sums = self._compiled["_gradients"](part, share, sums)
+            sums = self._compiled["_gradients"](part, share, sums, number == self.accumulate)
         loss, norm = map(float, sums[:2])
         self.gradient_norm = norm
         if not math.isfinite(loss) or not math.isfinite(norm):
             problem = f"expected finite numbers, got a loss of {loss} and a gradient norm of {norm}"
             raise TrainingError(f"step {self.step_count}", [problem])
-        self._compiled["_update"](sums[1], sums[2:])
+        self._compiled["_update"](sums[2:])
         self.step_count += 1
         return loss
 
@@ -140,8 +140,10 @@ class Trainer:
 
     # -- compiled -----------------------------------------------------------------------------------------------------
 
-    def _gradients(self, part: dict[str, Tensor], share: Tensor | None, sums: list[Tensor] | None) -> list[Tensor]:
-        """The loss, the norm of all gradients, and each of them; of several parts the sums so far."""
+    def _gradients(
+        self, part: dict[str, Tensor], share: Tensor | None, sums: list[Tensor] | None, is_last: bool
+    ) -> list[Tensor]:
+        """The loss, the norm of all gradients, and each of them, clipped; of several parts the sums so far."""
         variables = [v.value for v in self.variables]
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(variables)
@@ -152,18 +154,21 @@ class Trainer:
             found = [x * tf.cast(share, x.dtype) for x in found]
         if sums is not None:
             found = [x + total for x, total in zip(found, [sums[0], *sums[2:]], strict=True)]
-        return [found[0], gradient_norm(found[1:]), *found[1:]]
+        loss, *gradients = found
+        norm = gradient_norm(gradients)
+        if is_last:
+            factor = clipping_factor(self.recipe, norm)
+            gradients = [g * tf.cast(factor, g.dtype) for g in gradients]
+        return [loss, norm, *gradients]
 
-    def _update(self, norm: Tensor, gradients: list[Tensor]) -> None:
-        """Clips and applies the gradients one after another: a graph would else hold all that it makes at once."""
+    def _update(self, gradients: list[Tensor]) -> None:
+        """Applies the gradients one after another: a graph would else hold at once all that it makes for them."""
         optimizer, done = self.optimizer, []
-        factor = clipping_factor(self.recipe, norm)
         for gradient, variable in zip(gradients, self.variables, strict=True):
             with tf.control_dependencies(done):
                 decayed = optimizer.decay(variable.value)
             with tf.control_dependencies(done + decayed):
-                clipped = gradient * tf.cast(factor, gradient.dtype)
-                done = [optimizer.update_step(clipped, variable.value, optimizer.learning_rate)]
+                done = [optimizer.update_step(gradient, variable.value, optimizer.learning_rate)]
         with tf.control_dependencies(done):
             optimizer.iterations.assign_add(1)
 
