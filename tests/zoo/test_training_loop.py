@@ -100,6 +100,7 @@ def losses_in(folder: Path) -> list[str]:
 def test_a_checkpoint_that_was_not_finished_is_none(folder, unbroken, monkeypatch):
     """Killed between two files of a checkpoint, and between writing it and giving it its name."""
     run(folder, 7)
+    (folder / "step-000003.tmp").mkdir()  # killed while an old one was deleted
     (folder / "step-000009.tmp").mkdir()
     (folder / "step-000009.tmp" / "weights.npy").write_bytes(b"half")
     with monkeypatch.context() as patched:
@@ -107,6 +108,7 @@ def test_a_checkpoint_that_was_not_finished_is_none(folder, unbroken, monkeypatc
         with pytest.raises(Stopped):
             run(folder, 9)
     result, _ = run(folder, STEPS)
+    assert not list(folder.glob("*.tmp"))
     assert result.resumed_from == 7
     assert result.losses == unbroken[0].losses
 
