@@ -22,7 +22,7 @@ def wikitext(tmp_path_factory) -> Path:
     if path := os.environ.get("WIKITEXT2_TEST"):
         return Path(path)
     datasets = pytest.importorskip("datasets")
-    rows = datasets.load_dataset("wikitext", "wikitext-2-raw-v1", split="test")["text"]
+    rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"]
     path = tmp_path_factory.mktemp("wikitext") / "test.txt"
     path.write_text("\n\n".join(rows), encoding="utf-8", newline="")
     return path
