@@ -1,17 +1,18 @@
 """The options of a plan on the command line, and the plan as a table or as JSON."""
 
 import argparse
+from collections import Counter
 from typing import Any
 
 from rich.table import Table
 
+from conversion import open_checkpoint, resolve
 from conversion.index import parse_size
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError, raise_if
 from opt_core.presets import PRESETS
 from opt_core.sharding import LAYOUTS
 from opt_zoo.arguments import some_of, words
-from opt_zoo.bench.checkpoints import config_of
 from opt_zoo.console import print_json, stdout_console
 from opt_zoo.devices import DEFAULT, DEVICES, Device
 from opt_zoo.planning import MODES, Job, Plan, fewest_devices, plans
@@ -52,7 +53,7 @@ def run_plan(args: argparse.Namespace) -> int:
     given = {"--tensors": args.tensors, "--verify": args.verify}
     raise_if(InputError, "opt-zoo inspect", [f"{name}: not of a plan" for name, is_given in given.items() if is_given])
     source = args.source if args.source in PRESETS else find_source(args.source, args.model)
-    job, device = job_of(args, config_of(source)), device_of(args)
+    job, device = job_of(args, *_config_and_dtype(source)), device_of(args)
     document = describe_plan(job, 1 if args.devices is None else args.devices, device, tuple(args.layout or LAYOUTS))
     document = {"source": display_name(source), **document}
     if args.json:
@@ -62,8 +63,16 @@ def run_plan(args: argparse.Namespace) -> int:
     return 0
 
 
-def job_of(args: argparse.Namespace, config: OPTConfig) -> Job:
-    stored = config.torch_dtype or ("float16" if args.source in PRESETS else "float32")
+def _config_and_dtype(source: str) -> tuple[OPTConfig, str]:
+    """Those of a preset, whose published files are float16, or of a checkpoint."""
+    if source in PRESETS:
+        return OPTConfig.preset(source), "float16"
+    with open_checkpoint(resolve(source)) as checkpoint:
+        ((stored, _),) = Counter(checkpoint.dtypes.values()).most_common(1)
+        return checkpoint.config, stored if stored in DTYPES.values() else "float32"
+
+
+def job_of(args: argparse.Namespace, config: OPTConfig, stored: str) -> Job:
     given = dict(mode=args.mode, batch=args.batch, accumulate=args.accumulate, recompute=args.recompute)
     return Job(
         config,

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import PRUNED_HEADS, backends_asked_for, config_of
+from harness import PRUNED_HEADS, backends_asked_for, config_of, save_random
 
 from opt_core import OPTConfig
 from opt_core.errors import InputError
@@ -16,6 +16,7 @@ from opt_core.presets import PRESETS
 from opt_core.schema import parameter_count
 from opt_core.sharding import Mesh
 from opt_zoo.bench.memory import PeakMemory
+from opt_zoo.bench.work import ITEM_BYTES
 from opt_zoo.devices import DEVICES
 from opt_zoo.planning import Job, Part, fewest_devices, memory_of, plan, plans, seconds_of, training_flops
 
@@ -111,6 +112,8 @@ def test_mixed_precision_keeps_float32_for_weights_and_moments_and_copies_what_p
     assert memory[:3] == alone[:3]
     assert memory_of(half, ALONE).activations < memory.activations < alone.activations
     assert memory.gathered == 2 * parameter_count(job.config)
+    a_layer = (Part(job.config, 1, 1, item, computed=2).saved_bytes(heads=32) for item in (4, 2))
+    assert next(a_layer) - next(a_layer) == 2 * 2 * 2048  # the inputs of both norms
     assert memory_of(mixed, fsdp(8)).gathered == memory_of(job, fsdp(8)).gathered / 2 < memory.gathered
     assert seconds_of(mixed, ALONE, A100) == seconds_of(half, ALONE, A100)
     with pytest.raises(InputError, match="compute_dtype: expected float32, the dtype, in inference, got bfloat16"):
@@ -226,22 +229,30 @@ def test_json_has_the_same_in_bytes_and_seconds(opt_zoo):
     assert document["fewest_devices"]["tensor"]["mesh"] == {"tensor": 8}
 
 
-def test_figures_given_by_hand_take_the_place_of_published_ones(opt_zoo):
-    given = ("--bandwidth", "1TB", "--flops", "1e14", "--memory", "2GB", "--mode", "training", "--dtype", "fp32")
+@pytest.mark.parametrize("dtypes", [("float32", None), ("bfloat16", None), ("float32", "float16")])
+def test_figures_given_by_hand_take_the_place_of_published_ones(opt_zoo, dtypes):
+    given = ["--bandwidth", "1TB", "--flops", "1e14", "--memory", "2GB", "--mode", "training", "--dtype", dtypes[0]]
+    given += [] if dtypes[1] is None else ["--compute-dtype", dtypes[1]]
     _, out, _ = opt_zoo("inspect", "opt-125m", "--json", "--layout", "tensor", *given)
     document = json.loads(out)
-    job = Job(OPTConfig.preset("125m"), "training", "float32")
+    job = Job(OPTConfig.preset("125m"), "training", dtypes[0], compute_dtype=dtypes[1])
     assert document["device"]["memory"] == 2 * 10**9
+    assert document["plans"][0]["bytes"] == memory_of(job, ALONE)._asdict()
     assert document["plans"][0]["seconds"]["step"] == training_flops(job.config, "float32", 1, 2048) / 1e14
-    assert document["plans"][0]["fits"] is False
+    assert document["plans"][0]["fits"] is (document["plans"][0]["bytes"]["total"] <= 2e9)
 
 
-def test_a_checkpoint_is_planned_by_its_config_and_in_its_dtype(opt_zoo, checkpoint):
-    _, out, _ = opt_zoo("inspect", checkpoint, "--devices", "1", "--json")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_is_planned_by_its_config_and_in_the_dtype_of_its_weights(opt_zoo, tmp_path, dtype):
+    folder = save_random(tmp_path, config_of(), dtype=dtype)
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, "torch_dtype": None}))
+    _, out, _ = opt_zoo("inspect", folder, "--devices", "1", "--json")
     document = json.loads(out)
     assert document["job"]["length"] == 41
-    assert document["job"]["dtype"] == "float32"
-    assert document["plans"][0]["bytes"]["weights"] == 4 * parameter_count(config_of())
+    assert document["job"]["dtype"] == dtype
+    assert document["plans"][0]["bytes"]["weights"] == ITEM_BYTES[dtype] * parameter_count(config_of())
+    assert json.loads(opt_zoo("inspect", "opt-125m", "--json")[1])["job"]["dtype"] == "float16"
 
 
 @pytest.mark.parametrize(
