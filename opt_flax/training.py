@@ -1,7 +1,8 @@
 """Training steps, Flax NNX: gradients, AdamW, and a state on disk with which any backend goes on.
 
 Batches are the business of `opt_core.batching`, the loop around the steps that of `opt_zoo.training_loop`. A step is
-one compiled function, which writes new weights and moments over the old ones.
+two compiled functions, one for the gradients and one that writes new weights and moments over the old ones, so that
+numbers which are not finite never reach them.
 """
 
 import functools
@@ -59,17 +60,16 @@ class Trainer:
         batch = self._checked(batch)
         self.model.train()
         graphdef, trained, rest = nnx.split(self.model, self.model.trainable, ...)
-        optimizer, moments = nnx.split(self.optimizer)
         numbers = np.uint32([self.seed, self.step_count])
-        loss, norm, trained, moments = _step(
-            graphdef, optimizer, trained, moments, rest, batch, numbers, self.accumulate
-        )
-        nnx.update(self.model, trained)
-        nnx.update(self.optimizer, moments)
+        loss, norm, gradients = _gradients(graphdef, trained, rest, batch, numbers, self.accumulate)
         loss, self.gradient_norm = float(loss), float(norm)
         if not math.isfinite(loss) or not math.isfinite(self.gradient_norm):
             problem = f"expected finite numbers, got a loss of {loss} and a gradient norm of {self.gradient_norm}"
             raise TrainingError(f"step {self.step_count}", [problem])
+        optimizer, moments = nnx.split(self.optimizer)
+        trained, moments = _update(graphdef, optimizer, trained, moments, rest, gradients)
+        nnx.update(self.model, trained)
+        nnx.update(self.optimizer, moments)
         self.step_count += 1
         return loss
 
@@ -144,11 +144,9 @@ def _moments(optimizer: nnx.State) -> dict[str, Moments]:
     return {name: Moments(variable, found["nu"][name]) for name, variable in found["mu"].items()}
 
 
-@functools.partial(
-    jax.jit, static_argnames=("graphdef", "optimizer", "accumulate"), donate_argnames=("trained", "moments")
-)
-def _step(graphdef, optimizer, trained, moments, rest, batch, numbers: Array, accumulate: int):
-    """Loss, gradient norm, new weights, new optimizer state; where one of the first two is not finite, the old ones."""
+@functools.partial(jax.jit, static_argnames=("graphdef", "accumulate"))
+def _gradients(graphdef, trained, rest, batch: dict[str, Array], numbers: Array, accumulate: int):
+    """The loss, the norm of all gradients, and the gradients; `numbers` are the seed and the number of the step."""
     key = jax.random.fold_in(jax.random.key(numbers[0]), numbers[1])
 
     def loss_of(trained, part: dict[str, Array], key: Array) -> Array:
@@ -157,12 +155,15 @@ def _step(graphdef, optimizer, trained, moments, rest, batch, numbers: Array, ac
         return model(**part, **_options(model)).loss
 
     loss, gradients = _accumulated(jax.value_and_grad(loss_of), trained, batch, key, accumulate)
-    norm = gradient_norm(gradients)
-    model, new_optimizer = nnx.merge(graphdef, trained, rest, copy=True), nnx.merge(optimizer, moments, copy=True)
-    new_optimizer.update(model, gradients)
-    new = nnx.state(model, model.trainable), nnx.state(new_optimizer)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    return loss, norm, *jax.tree.map(lambda x, old: jnp.where(finite, x, old), new, (trained, moments))
+    return loss, gradient_norm(gradients), gradients
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "optimizer"), donate_argnames=("trained", "moments"))
+def _update(graphdef, optimizer, trained, moments, rest, gradients):
+    """New weights and the optimizer's new state, in the memory of the old ones."""
+    model, changed = nnx.merge(graphdef, trained, rest), nnx.merge(optimizer, moments)
+    changed.update(model, gradients)
+    return nnx.state(model, model.trainable), nnx.state(changed)
 
 
 def _accumulated(differentiate, trained, batch: dict[str, Array], key: Array, parts: int):

@@ -93,12 +93,12 @@ def test_orbax_keeps_the_state_of_a_training(tmp_path):
 
 def test_a_step_is_compiled_once_for_batches_of_one_shape():
     model = model_of(dropout=0.1)
-    trainer, before = Trainer(model, RECIPE), training._step._cache_size()
+    trainer, before = Trainer(model, RECIPE), training._gradients._cache_size()
     for seed in range(3):
         ids = token_ids(model.config, seed=seed)
         trainer.step(dict(input_ids=ids, attention_mask=np.ones_like(ids), labels=ids))
         trainer.evaluate(dict(input_ids=ids, labels=ids))
-    assert training._step._cache_size() == before + 1
+    assert training._gradients._cache_size() == before + 1
 
 
 def test_a_step_writes_weights_and_moments_over_the_old_ones():
@@ -106,10 +106,11 @@ def test_a_step_writes_weights_and_moments_over_the_old_ones():
     trainer, batch = Trainer(model, RECIPE), batch_of(model)
     graphdef, trained, rest = nnx.split(model, model.trainable, ...)
     optimizer, moments = nnx.split(trainer.optimizer)
-    arguments = graphdef, optimizer, trained, moments, rest, trainer._checked(batch), np.zeros(2, np.uint32), 1
-    memory = training._step.lower(*arguments).compile().memory_analysis()
+    arguments = graphdef, optimizer, trained, moments, rest, trained  # gradients are arrays as the weights are
+    memory = training._update.lower(*arguments).compile().memory_analysis()
     held = sum(x.nbytes for x in jax.tree.leaves((trained, moments)))
     assert memory.alias_size_in_bytes >= held
+    assert memory.temp_size_in_bytes < held / 4  # no copy of either moment
     pointers = {name: model.weight(name).unsafe_buffer_pointer() for name in shapes(model.config)}
     trainer.step(batch)
     assert all(model.weight(name).unsafe_buffer_pointer() == pointer for name, pointer in pointers.items())
@@ -219,11 +220,9 @@ def test_a_step_on_adapters_makes_no_gradients_of_the_weights():
     add_lora(adapted, LORA)
     batch, work = batch_of(plain), []
     for model in (plain, adapted):
-        trainer = Trainer(model, RECIPE)
-        graphdef, trained, rest = nnx.split(model, model.trainable, ...)
-        optimizer, moments = nnx.split(trainer.optimizer)
-        arguments = graphdef, optimizer, trained, moments, rest, trainer._checked(batch), np.zeros(2, np.uint32), 1
-        work.append(training._step.lower(*arguments).compile().cost_analysis()["flops"])
+        split = nnx.split(model, model.trainable, ...)
+        arguments = *split, Trainer(model, RECIPE)._checked(batch), np.zeros(2, np.uint32), 1
+        work.append(training._gradients.lower(*arguments).compile().cost_analysis()["flops"])
     assert work[1] < 0.8 * work[0]
 
 
