@@ -67,19 +67,6 @@ class FlaxOPTPreTrainedModel(LoadingMixin, nnx.Module):
         for layer in self.base_model.decoder.layers:
             layer.self_attn.attn_implementation = attn_implementation
 
-    def num_parameters(self, only_trainable: bool = False) -> int:
-        """The number of parameters, a tied head counted once."""
-        return sum(p.size for p in jax.tree.leaves(nnx.state(self, self.trainable if only_trainable else nnx.Param)))
-
-    @property
-    def trainable(self) -> type[nnx.Param]:
-        """The variables that training changes, as NNX's `wrt`: adapters where there are some, else all parameters."""
-        return nnx.Param if self.lora is None else nnx.LoRAParam
-
-    def init_cache(self, batch_size: int, capacity: int) -> Cache:
-        """An empty cache for `past_key_values`, for `batch_size` rows of up to `capacity` tokens."""
-        return init_cache(self.config, batch_size, capacity, dtype=self.compute_dtype, device=self.device)
-
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping | None = None) -> None:
         """From here on, training keeps the inputs of layers alone, and computes the rest again for the gradients.
 
@@ -97,6 +84,19 @@ class FlaxOPTPreTrainedModel(LoadingMixin, nnx.Module):
     @property
     def is_gradient_checkpointing(self) -> bool:
         return self.base_model.decoder.gradient_checkpointing
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        """The number of parameters, a tied head counted once."""
+        return sum(p.size for p in jax.tree.leaves(nnx.state(self, self.trainable if only_trainable else nnx.Param)))
+
+    @property
+    def trainable(self) -> type[nnx.Param]:
+        """The variables that training changes, as NNX's `wrt`: adapters where there are some, else all parameters."""
+        return nnx.Param if self.lora is None else nnx.LoRAParam
+
+    def init_cache(self, batch_size: int, capacity: int) -> Cache:
+        """An empty cache for `past_key_values`, for `batch_size` rows of up to `capacity` tokens."""
+        return init_cache(self.config, batch_size, capacity, dtype=self.compute_dtype, device=self.device)
 
     # -- embeddings ---------------------------------------------------------------------------------------------------
 
