@@ -1,10 +1,13 @@
 """The optimizer, PyTorch: `torch.optim.AdamW` and a schedule with the equations of `opt_core.optimization`.
 
-Clipping is not the optimizer's in PyTorch: `torch.nn.utils.clip_grad_norm_` has the recipe's equation.
+Clipping is not the optimizer's in PyTorch: `torch.nn.utils.clip_grads_with_norm_` has the recipe's equation. The norm is
+computed here, since in float32 on a CPU PyTorch's own is too small: torch 2.13, 0.26 % for an embedding of opt-125m.
 """
 
+from collections.abc import Iterable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from opt_core.optimization import TrainingRecipe, is_decayed
 
@@ -15,7 +18,7 @@ def make_optimizer(
     """An optimizer and its schedule, which together take the steps of `opt_core.optimization.adamw_step`.
 
     It changes what requires a gradient, in two groups: what is decayed, and what is not. Moments have the dtypes of the
-    parameters. Call `step` of both after each `backward` and `clip_grad_norm_(parameters, recipe.max_gradient_norm)`.
+    parameters. Call `step` of both after each `backward` and clipping.
     """
     groups = {recipe.weight_decay: [], 0.0: []}
     for name, parameter in model.named_parameters():
@@ -31,6 +34,12 @@ def make_optimizer(
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(recipe.learning_rate_at(step)))
 
 
+def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """The norm of all gradients together, in float32 at least; of rows first, then of their norms."""
+    norms = [torch.linalg.vector_norm(torch.linalg.vector_norm(g, dim=-1, dtype=_wide(g.dtype))) for g in gradients]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
 def name_of(name: str) -> str:
     """The canonical name of a parameter, from its name in the model."""
     name = name.removeprefix("model.")
@@ -42,3 +51,7 @@ def _is_decayed(name: str, parameter: nn.Parameter) -> bool:
         return is_decayed(name_of(name))
     except ValueError:  # of a module that is not ours: matrices, as everywhere
         return parameter.ndim > 1
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from conversion.training_state import read_training_state, write_training_state
 from opt_core.errors import InputError, TrainingError
@@ -19,7 +19,7 @@ from opt_torch import losses
 from opt_torch.inputs import as_tensor
 from opt_torch.loading import from_numpy, to_numpy
 from opt_torch.lora import load_adapter, save_adapter
-from opt_torch.optimization import make_optimizer, name_of
+from opt_torch.optimization import gradient_norm, make_optimizer, name_of
 
 
 class Trainer:
@@ -54,7 +54,7 @@ class Trainer:
         self.optimizer.zero_grad()
         loss = self._backward(batch)
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = get_total_norm(gradients)
+        norm = gradient_norm(gradients)
         self.gradient_norm = float(norm)
         if not math.isfinite(loss) or not math.isfinite(self.gradient_norm):
             problem = f"expected finite numbers, got a loss of {loss} and a gradient norm of {self.gradient_norm}"

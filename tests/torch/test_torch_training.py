@@ -10,7 +10,7 @@ from opt_core.optimization import TrainingRecipe, adamw_step
 from opt_core.reference import IGNORED_LABEL, causal_lm_loss
 from opt_core.schema import shapes
 from opt_torch.lora import add_lora
-from opt_torch.optimization import make_optimizer
+from opt_torch.optimization import gradient_norm, make_optimizer
 from opt_torch.training import Trainer
 
 torch = pytest.importorskip("torch")
@@ -185,3 +185,11 @@ def test_half_precision_weights_are_trained_too():
     losses = [trainer.step(batch) for _ in range(6)]
     assert losses[-1] < losses[0] - 0.5
     assert model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_of_a_large_gradient_has_the_digits_of_float32(dtype):
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(shape, generator=generator).to(dtype) for shape in ((20011, 307), (307,))]
+    want = sum(float(g.double().square().sum()) for g in gradients) ** 0.5
+    assert float(gradient_norm(gradients)) == pytest.approx(want, rel=2**-20)
