@@ -125,7 +125,8 @@ class Decoder(nnx.Module):
         how = dict(output_attentions=output_attentions, recomputes=recomputes, policy=self.checkpoint_policy)
         inputs, presents, attentions = [], [], []
         for i, layer in enumerate(self.layers):
-            inputs.append(x_BTD)
+            if output_hidden_states:
+                inputs.append(x_BTD)
             past_layer = None if past is None else (past.keys[i], past.values[i])
             given = past_layer, lengths_B, first_BT, head_mask_LN[i]
             y_BTD, present, weights_BNTS = run_layer(layer, x_BTD, *given, **how)

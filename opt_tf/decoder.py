@@ -117,7 +117,8 @@ class Decoder(Module):
         recomputes = self.gradient_checkpointing and seed is not None and past is None and not use_cache
         inputs, presents, attentions = [], [], []
         for i, layer in enumerate(self.layers):
-            inputs.append(x_BTD)
+            if output_hidden_states:
+                inputs.append(x_BTD)
             past_layer = None if past is None else (past.keys[i], past.values[i])
             given = past_layer, lengths_B, output_attentions, first_BT, head_mask_LN[i], seeds_L[i]
             y_BTD, present, weights_BNTS = (_recomputed(layer) if recomputes else layer)(x_BTD, *given)

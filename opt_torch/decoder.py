@@ -113,7 +113,8 @@ class Decoder(nn.Module):
         recomputes = self.gradient_checkpointing is not None and self.training and past is None and not use_cache
         inputs, presents, attentions = [], [], []
         for i, layer in enumerate(self.layers):
-            inputs.append(x_BTD)
+            if output_hidden_states:
+                inputs.append(x_BTD)
             past_layer = None if past is None else (past.keys[i], past.values[i])
             given = past_layer, slots, output_attentions, first_BT, segments, head_mask_LN[i]
             if recomputes:

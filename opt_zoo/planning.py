@@ -171,10 +171,10 @@ class Part(NamedTuple):
 
     @property
     def prefill_bytes(self) -> int:
-        """The inputs of all layers, which the decoder keeps to the end, and within a layer, at its widest: residual,
-        normalised input, feed-forward before and after the activation; beside the cache."""
-        D, F, L = self.config.hidden_size, self.config.ffn_dim, self.config.num_hidden_layers
-        return int(self.tokens * self.item * ((L + 1) * D + 2 * D + 2 * F / self.cut))
+        """Of a layer, at its widest: its input, residual, normalised input, feed-forward before and after the
+        activation; beside the cache."""
+        D, F = self.config.hidden_size, self.config.ffn_dim
+        return int(self.tokens * self.item * (3 * D + 2 * F / self.cut))
 
     def saved_bytes(self, heads: float) -> float:
         """Of a layer for its backward pass: inputs and outputs of both norms; q, k, v and the output of attention; the
