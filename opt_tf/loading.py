@@ -11,6 +11,7 @@ from conversion import push_folder, write_checkpoint
 from conversion.parameters import read_parameters
 from conversion.pretrained import Pretrained, open_pretrained
 from opt_core.config import OPTConfig
+from opt_core.errors import InputError
 from opt_core.schema import published_name, shapes
 from opt_tf.layers import Module, no_values
 
@@ -92,7 +93,13 @@ class LoadingMixin:
 
         NaN and infinities are refused unless `allow_nonfinite`. Options of generation that came with a checkpoint, or
         were given to the model, go into generation_config.json.
+
+        Raises:
+            InputError: the model has adapters, which this would leave out.
         """
+        if self.lora is not None:
+            remedy = "save_adapter writes them alone, merge_lora adds them to the weights"
+            raise InputError("save_pretrained", [f"model: expected one without adapters; {remedy}"])
         tensors = {name: lambda name=name: to_numpy(self.weight(name)) for name in shapes(self.config, self.task)}
         write_checkpoint(
             folder,

@@ -181,3 +181,13 @@ def test_adapters_of_another_rank_or_none_or_twice_are_refused(backend, adapter)
         lora.add_lora(model, LORA)
     with pytest.raises(InputError, match="expected one without adapters"):
         model.prune_heads({0: [1]})
+
+
+def test_a_checkpoint_without_the_adapters_is_not_written(backend, adapter, tmp_path):
+    model = adapted_model(backend, adapter)
+    with pytest.raises(InputError, match="save_adapter"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    lora_of(backend).merge_lora(model)
+    model.save_pretrained(tmp_path / "model")
+    assert_is_the_merged_model(backend, backend.model_class().from_pretrained(tmp_path / "model"))
