@@ -47,7 +47,8 @@ class LoadingMixin:
         copied once.
 
         Args:
-            dtype: None for float32, "auto" for the stored one, or a dtype or its name. `torch_dtype` is an alias.
+            dtype: None for float32, "auto" for the stored one, a dtype or its name, or a Keras policy or its name, such
+                as "mixed_bfloat16". `torch_dtype` is an alias.
             device: where the variables go, e.g. "/GPU:1"; by default where TensorFlow puts them.
             output_loading_info: also return which weights the checkpoint lacked or had in excess.
             overrides: fields of the config, e.g. `num_labels=3`.
@@ -55,12 +56,14 @@ class LoadingMixin:
         Raises:
             ConfigError, CheckpointError, InputError: everything wrong with the files or arguments; nothing is loaded.
         """
+        dtype = dtype if dtype is not None else torch_dtype
+        policy = _mixed_policy(dtype)
         pretrained = open_pretrained(
             source,
             cls.task,
             config=config,
             overrides=overrides,
-            dtype=name_of(dtype if dtype is not None else torch_dtype),
+            dtype=name_of(dtype) if policy is None else policy.variable_dtype,
             revision=revision,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
@@ -68,16 +71,16 @@ class LoadingMixin:
             token=token,
             subfolder=subfolder,
         )
-        model = cls._from_checkpoint(pretrained, attn_implementation, device)
+        model = cls._from_checkpoint(pretrained, attn_implementation, device, policy)
         if pretrained.generation_config is not None:
             model.generation_config = pretrained.generation_config
         info = {"missing_keys": list(pretrained.new), "unexpected_keys": list(pretrained.unused)}
         return (model, info) if output_loading_info else model
 
     @classmethod
-    def _from_checkpoint(cls, pretrained: Pretrained, attn_implementation: str, device):
+    def _from_checkpoint(cls, pretrained: Pretrained, attn_implementation: str, device, policy=None):
         with tf.device(device), no_values():
-            model = cls(pretrained.config, attn_implementation=attn_implementation, dtype=pretrained.dtype)
+            model = cls(pretrained.config, attn_implementation=attn_implementation, dtype=policy or pretrained.dtype)
         for name in pretrained.new:
             owner_of(model, published_name(name, cls.task))[0].reset_parameters()
         stored = [name for name in shapes(pretrained.config, cls.task) if name not in pretrained.new]
@@ -159,3 +162,10 @@ def name_of(dtype) -> str | None:
         if isinstance(dtype, tf.DType | np.dtype | type)
         else dtype
     )
+
+
+def _mixed_policy(dtype) -> keras.DTypePolicy | None:
+    """The Keras policy that `dtype` is, or names if weights and products have different dtypes there."""
+    if isinstance(dtype, keras.DTypePolicy):
+        return dtype
+    return keras.DTypePolicy(dtype) if dtype in ("mixed_bfloat16", "mixed_float16") else None

@@ -115,6 +115,18 @@ def test_a_mixed_policy_keeps_float32_weights_and_computes_in_bfloat16():
     assert history[-1] < history[0]
 
 
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", keras.DTypePolicy("mixed_bfloat16")], ids=["name", "policy"])
+def test_a_checkpoint_is_loaded_under_a_mixed_policy(policy, tmp_path):
+    model = TFOPTForCausalLM(config_of())
+    model.save_pretrained(tmp_path)
+    again = TFOPTForCausalLM.from_pretrained(tmp_path, dtype=policy)
+    assert again(a_batch()).logits.dtype == tf.bfloat16
+    for mine, loaded in zip(model.weights, again.weights, strict=True):
+        np.testing.assert_array_equal(mine, loaded)
+    with pytest.raises(InputError, match="dtype: .*mixed_int8"):
+        TFOPTForCausalLM.from_pretrained(tmp_path, dtype="mixed_int8")
+
+
 def test_the_global_policy_is_the_default():
     keras.config.set_dtype_policy("bfloat16")
     try:
