@@ -123,7 +123,7 @@ def test_a_checkpoint_is_loaded_under_a_mixed_policy(policy, tmp_path):
     assert again(a_batch()).logits.dtype == tf.bfloat16
     for mine, loaded in zip(model.weights, again.weights, strict=True):
         np.testing.assert_array_equal(mine, loaded)
-    with pytest.raises(InputError, match="dtype: .*mixed_int8"):
+    with pytest.raises(InputError, match=r"dtype: .*mixed_int8"):
         TFOPTForCausalLM.from_pretrained(tmp_path, dtype="mixed_int8")
 
 
