@@ -22,7 +22,7 @@ from opt_core.errors import InputError
 from opt_flax import cache
 from opt_flax.blockwise import KEYS, QUERIES, blockwise_attention
 from opt_flax.cudnn import HALF, cudnn_attention, cudnn_decode, cudnn_problems
-from opt_flax.layers import Linear, contract
+from opt_flax.layers import Dropout, Linear, contract
 from opt_flax.pallas_attention import pallas_attention, pallas_problems
 
 # Kernels that a name may mean, the best first. On a CPU and a TPU, "sdpa" is the only one of these that runs.
@@ -42,7 +42,7 @@ class Attention(nnx.Module):
     def __init__(self, config: OPTConfig, layer: int, attn_implementation: str, *, rngs: nnx.Rngs, dtype):
         self.num_heads, self.head_size = config.heads_of(layer), config.head_size
         self.attn_implementation = attn_implementation
-        self.dropout = nnx.Dropout(config.attention_dropout, rngs=rngs if config.attention_dropout else None)
+        self.dropout = Dropout(config.attention_dropout, rngs=rngs if config.attention_dropout else None)
         shape = dict(bias=config.enable_bias, init_std=config.init_std, rngs=rngs, dtype=dtype)
         width, joined = config.hidden_size, self.num_heads * self.head_size
         self.k_proj = Linear(width, joined, **shape)
@@ -148,7 +148,7 @@ def eager_attention(
     k_BNSH: Array,
     v_BNSH: Array,
     lengths_B: Array | None,
-    dropout: nnx.Dropout | None = None,
+    dropout: Dropout | None = None,
     first_BT: Array | None = None,
 ) -> tuple[Array, Array]:
     """Attention step by step; returns the output [B, N, T, H] and the weights [B, N, T, S], before dropout."""

@@ -12,7 +12,7 @@ from opt_core.config import POSITION_OFFSET, OPTConfig
 from opt_core.outputs import BaseModelOutput
 from opt_flax.attention import Attention, LayerCache
 from opt_flax.cache import Cache, GrowingCache, grow
-from opt_flax.layers import ACTIVATION_FUNCTIONS, Embedding, LayerNorm, Linear
+from opt_flax.layers import ACTIVATION_FUNCTIONS, Dropout, Embedding, LayerNorm, Linear
 from opt_flax.packing import Packing, first_columns, make_packing, pack, unpack, unpack_attentions
 
 
@@ -21,7 +21,7 @@ class DecoderLayer(nnx.Module):
 
     def __init__(self, config: OPTConfig, layer: int, attn_implementation: str, *, rngs: nnx.Rngs, dtype):
         self.pre_norm = config.do_layer_norm_before
-        self.dropout = nnx.Dropout(config.dropout, rngs=rngs if config.dropout else None)
+        self.dropout = Dropout(config.dropout, rngs=rngs if config.dropout else None)
         activation = config.activation_function
         self.activation = activation if callable(activation) else ACTIVATION_FUNCTIONS[activation]
         affine = config.layer_norm_elementwise_affine
@@ -82,7 +82,7 @@ class Decoder(nnx.Module):
             ]
         )
         self.gradient_checkpointing, self.checkpoint_policy = False, None
-        self.layer_drop = nnx.Dropout(config.layerdrop, rngs=rngs if config.layerdrop else None)
+        self.layer_drop = Dropout(config.layerdrop, rngs=rngs if config.layerdrop else None)
         affine = config.layer_norm_elementwise_affine
         self.final_layer_norm = LayerNorm(hidden_size, affine=affine, dtype=dtype) if norms else None
         self.project_out = Linear(hidden_size, embed_size, bias=False, **start) if projects else None

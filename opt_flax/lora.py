@@ -15,7 +15,7 @@ from conversion.adapters import read_adapter, write_adapter
 from opt_core.errors import InputError
 from opt_core.lora import LoraConfig, Pair, adapter_shapes, new_adapter
 from opt_core.schema import published_name
-from opt_flax.layers import Linear, at_least_float32, contract, linear, shapes_only
+from opt_flax.layers import Dropout, Linear, at_least_float32, contract, linear, shapes_only
 from opt_flax.loading import owner_of, to_numpy
 
 
@@ -28,7 +28,7 @@ class LoraLinear(Linear):
         self.lora_A = nnx.LoRAParam(jnp.array(pair["A"], dtype))
         self.lora_B = nnx.LoRAParam(jnp.array(pair["B"], dtype))
         self.scaling = lora.scaling
-        self.dropout = nnx.Dropout(lora.lora_dropout, rngs=rngs if lora.lora_dropout else None)
+        self.dropout = Dropout(lora.lora_dropout, rngs=rngs if lora.lora_dropout else None)
 
     def __call__(self, x: Array) -> Array:
         down = linear(self.dropout(x), self.lora_A.get_value())

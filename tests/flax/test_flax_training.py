@@ -6,14 +6,15 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from harness import ROUNDOFF, config_of, load_backend, token_ids
+from harness import ROUNDOFF, config_of, load_backend, reference_of, token_ids
 
 from opt_core.errors import TrainingError
 from opt_core.lora import LoraConfig
 from opt_core.optimization import TrainingRecipe, adamw_step
-from opt_core.reference import IGNORED_LABEL
+from opt_core.reference import IGNORED_LABEL, causal_lm_loss
 from opt_core.schema import shapes
 from opt_flax import training
+from opt_flax.layers import Dropout
 from opt_flax.lora import add_lora, merge_lora
 from opt_flax.optimization import make_optimizer
 from opt_flax.training import Trainer
@@ -182,6 +183,95 @@ def test_what_a_compiled_step_cannot_refuse_is_refused_before_it():
     batch["input_ids"][1, 2] = -1
     with pytest.raises(ValueError, match=r"input_ids: .* row 1, column 2"):
         trainer.step(batch)
+
+
+# -- bfloat16 and dropout ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_float32_weights_are_trained_in_bfloat16(attn_implementation, recomputes):
+    """Of the loss, float32 itself as the gradients are, no more is lost than bfloat16 rounds away."""
+    config, jax_backend = config_of(**CONFIG), load_backend("flax")
+    options = dict(attn_implementation=attn_implementation, compute_dtype=jnp.bfloat16)
+    exact, model = jax_backend.random_model(config), jax_backend.random_model(config, **options)
+    assert (model.dtype, model.compute_dtype) == (jnp.float32, jnp.bfloat16)
+    batch = batch_of(model)
+    out = model(**batch)
+    assert (out.loss.dtype, out.logits.dtype) == (jnp.float32, jnp.bfloat16)
+    reference = reference_of(config)
+    truth = causal_lm_loss(reference.logits(reference(batch["input_ids"]).last_hidden_state), batch["labels"])
+    assert float(out.loss) == pytest.approx(truth, rel=16 * ROUNDOFF["bfloat16"])
+    model.train()
+    if recomputes:
+        model.gradient_checkpointing_enable()
+    gradients = nnx.grad(lambda model: model(**batch).loss)(model)
+    assert {x.dtype for x in jax.tree.leaves(gradients)} == {jnp.dtype(jnp.float32)}
+    _, want = jax_backend.loss_and_gradients(exact, **batch)
+    _, got = jax_backend.loss_and_gradients(model, **batch)
+    for name, x in want.items():
+        if not name.endswith("k_proj.bias"):  # rounding alone
+            assert 0 < np.linalg.norm(got[name] - x) < 0.1 * np.linalg.norm(x), name
+
+
+def test_a_step_in_bfloat16_changes_float32_weights():
+    """By less than bfloat16 could say: the weights are not rounded to what is computed with."""
+    model = load_backend("flax").random_model(config_of(**CONFIG), compute_dtype=jnp.bfloat16)
+    before, trainer = values_of(model), Trainer(model, TrainingRecipe(learning_rate=1e-6, weight_decay=0))
+    trainer.step(batch_of(model))
+    for name, x in values_of(model).items():
+        assert x.dtype == np.float32
+        if not name.endswith("k_proj.bias"):
+            assert 0 < np.abs(x - before[name]).max() < 2e-6, name
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_dropout_keeps_its_share_of_the_values_and_their_mean(rate, dtype):
+    """Within five standard deviations; what it kept, the gradient keeps, and no mask is another one."""
+    ones = jnp.ones((3, 101, 67), dtype)
+    y, pull_back = jax.vjp(lambda x: Dropout(rate, rngs=nnx.Rngs(0))(x), ones)
+    kept, deviation = 1 - rate, (rate * (1 - rate) / ones.size) ** 0.5
+    assert (y != 0).mean() == pytest.approx(kept, abs=5 * deviation)
+    assert y.dtype == dtype
+    scale = float(y.max())
+    assert scale == pytest.approx(1 / kept, rel=max(2**-12, ROUNDOFF[str(ones.dtype)]))
+    np.testing.assert_array_equal(np.unique(np.asarray(y, np.float32)), [0, scale])
+    np.testing.assert_array_equal(pull_back(ones)[0], y)
+    both = ((y != 0) & (Dropout(rate, rngs=nnx.Rngs(1))(ones) != 0)).mean()
+    assert both == pytest.approx(kept**2, abs=5 * (kept**2 * (1 - kept**2) / ones.size) ** 0.5)
+
+
+def test_neighbours_are_dropped_independently_of_each_other():
+    """Two values share a random word."""
+    kept = np.asarray(Dropout(0.5, rngs=nnx.Rngs(0))(jnp.ones(100_003))) != 0
+    for distance in (1, 2, 3):
+        same = (kept[distance:] == kept[:-distance]).mean()
+        assert same == pytest.approx(0.5, abs=5 * 0.5 / len(kept) ** 0.5)
+
+
+def test_dropout_of_one_leaves_nothing_and_of_zero_all():
+    x = jnp.arange(1.0, 8.0)
+    np.testing.assert_array_equal(Dropout(1.0, rngs=nnx.Rngs(0))(x), 0 * x)
+    np.testing.assert_array_equal(Dropout(0.0)(x), x)
+    calm = Dropout(0.5, rngs=nnx.Rngs(0))
+    calm.eval()
+    np.testing.assert_array_equal(calm(x), x)
+
+
+def test_a_gradient_keeps_four_bytes_of_a_value_that_dropout_saw():
+    """XLA on a CPU (jax 0.10) keeps what the bits are made of, for nnx.Dropout 8 bytes."""
+    config = config_of(num_hidden_layers=4, hidden_size=96, num_attention_heads=4, ffn_dim=101, word_embed_proj_dim=96)
+
+    def held(rate: float) -> int:
+        model = load_backend("flax").random_model(config.replace(dropout=rate))
+        model.train()
+        split, ids = nnx.split(model, model.trainable, ...), jnp.asarray(token_ids(config, 64))
+        arguments = *split, dict(input_ids=ids, labels=ids), np.zeros(2, np.uint32), 1
+        return training._gradients.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+
+    values = 2 * 4 * 96 * token_ids(config, 64).size
+    assert held(0.3) - held(0) < 5 * values
 
 
 # -- adapters ---------------------------------------------------------------------------------------------------------
