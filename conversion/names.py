@@ -18,7 +18,7 @@ _LAYER = re.compile(r"(?<=\blayers\.)(0|[1-9][0-9]{0,5})(?=\.)")
 # Part of a foreign name -> what the file is.
 _FOREIGN = {
     r"qweight|qzeros|scales$|g_idx|SCB$|absmax|quant_(map|state)|weight_format": "a quantised file, which is not read",
-    r"lora_|base_model\.|\.base_layer\.|modules_to_save": "a LoRA adapter: merge it into its model, or use load_adapter",
+    r"lora_|base_model\.|\.base_layer\.|modules_to_save": "a LoRA adapter: merge it, or use load_adapter",
     r"flat_param|qkv_proj|version$|output_projection|_(in|out)_dim": "metaseq's layout, whose files end in .pt",
     r"/|:0$": "a TensorFlow layout, in a file that does not say so",
     r"\.kernel$|\.embedding$|\.scale$": "a Flax layout, in a file that does not say so",

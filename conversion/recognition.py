@@ -26,7 +26,7 @@ _ORBAX_FILES = (orbax_tree.METADATA, orbax_tree.CHECKPOINT_METADATA)
 _CT2_SPEC = ctranslate2_file.SPECIFICATION.encode() + b"\0"
 
 # File of a checkpoint that is not read -> what it is.
-_FOREIGN_FILES = {"adapter_model.*": "a LoRA adapter: merge it into its model, or use load_adapter"}
+_FOREIGN_FILES = {"adapter_model.*": "a LoRA adapter: merge it, or use load_adapter"}
 
 
 def weight_files(folder: Path) -> tuple[Format, Path]:
