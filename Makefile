@@ -16,9 +16,11 @@ demo: $(INSTALLED)
 	$(BIN)/opt-zoo parity build/demo/opt-tiny --json build/demo/parity.json --html build/demo/parity.html --png build/demo/parity.png
 	$(BIN)/opt-zoo generate build/demo/opt-tiny "ROMEO:" --backend all --max-new-tokens 60
 
-# Two processes: each compiles on one core most of the time. WORKERS=0 runs all in one.
+# Two processes: each compiles on one core most of the time. WORKERS=0 runs all in one. In two parts, since what
+# TensorFlow and JAX have compiled stays in memory, for all tests together 10 GB in each process.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --backends $(BACKENDS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --backends $(BACKENDS) tests/backends
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --backends $(BACKENDS) tests --ignore tests/backends
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest --backends $(BACKENDS) -m "slow and not hub and not gpu"
