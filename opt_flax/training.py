@@ -18,6 +18,7 @@ from jax import Array, lax
 from conversion.training_state import read_training_state, write_training_state
 from opt_core.checks import arguments_of, check_labels
 from opt_core.errors import InputError, TrainingError
+from opt_core.freed_memory import give_back_freed_memory
 from opt_core.optimization import Moments, TrainingRecipe
 from opt_core.reference import IGNORED_LABEL
 from opt_flax import losses
@@ -63,6 +64,7 @@ class Trainer:
         numbers = np.uint32([self.seed, self.step_count])
         loss, norm, gradients = _gradients(graphdef, trained, rest, batch, numbers, self.accumulate)
         loss, self.gradient_norm = float(loss), float(norm)
+        give_back_freed_memory()
         if not math.isfinite(loss) or not math.isfinite(self.gradient_norm):
             problem = f"expected finite numbers, got a loss of {loss} and a gradient norm of {self.gradient_norm}"
             raise TrainingError(f"step {self.step_count}", [problem])

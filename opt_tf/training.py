@@ -15,6 +15,7 @@ from tensorflow import Tensor
 from conversion.training_state import read_training_state, write_training_state
 from opt_core.checks import arguments_of, check_labels
 from opt_core.errors import InputError, TrainingError
+from opt_core.freed_memory import give_back_freed_memory
 from opt_core.optimization import Moments, TrainingRecipe
 from opt_core.reference import IGNORED_LABEL
 from opt_tf import losses
@@ -64,6 +65,7 @@ class Trainer:
             self.model.seed_generator.state.assign([self.seed, self.step_count * self.accumulate + number])
             sums = self._compiled["_gradients"](part, share, sums, number == self.accumulate)
         loss, norm = map(float, sums[:2])
+        give_back_freed_memory()
         self.gradient_norm = norm
         if not math.isfinite(loss) or not math.isfinite(norm):
             problem = f"expected finite numbers, got a loss of {loss} and a gradient norm of {norm}"
