@@ -171,6 +171,7 @@ def test_a_mixed_policy_trains_float32_weights_in_half_precision(policy):
     assert {w.dtype for w in model.weights} == {"float32"}
 
 
+@pytest.mark.slow
 def test_recomputed_layers_take_the_same_steps_under_xla():
     plain, recomputing = (a_model(dropout=0.2, attention_dropout=0.1, num_hidden_layers=2) for _ in range(2))
     recomputing.gradient_checkpointing_enable()
