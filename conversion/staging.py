@@ -36,8 +36,8 @@ class Staging:
         """Waits until what was written so far is on the disk; nothing may be written afterwards."""
         for root, _, names in os.walk(self.folder):
             for name in names:
-                _sync(Path(root) / name)
-            _sync(Path(root))
+                sync_path(Path(root) / name)
+            sync_path(Path(root))
         self._is_synced = True
 
     @contextlib.contextmanager
@@ -61,7 +61,7 @@ class Staging:
         while not is_over.wait(_SECONDS_BETWEEN_SYNCS) and not errors:
             try:
                 for path in self.folder.rglob("*"):
-                    _sync(path)
+                    sync_path(path)
             except FileNotFoundError:  # a temporary file of a container
                 continue
             except OSError as error:
@@ -80,7 +80,7 @@ class Staging:
         names = sorted(entries, key=lambda name: (name == last, name.endswith(".json"), name))
         if self._is_new:
             os.rename(self.folder, self._target)
-            _sync(self._target.absolute().parent)
+            sync_path(self._target.absolute().parent)
         else:
             self._replace(names, replaced, last)
         return [self._target / name for name in names]
@@ -88,24 +88,24 @@ class Staging:
     def _replace(self, names: list[str], replaced: Callable[[str], bool], last: str) -> None:
         self._say_that_files_are_replaced()
         (self._target / last).unlink(missing_ok=True)
-        _sync(self._target)
+        sync_path(self._target)
         for path in list(self._target.iterdir()):
             if replaced(path.name):
                 _delete(path)
         for name in names:
             if name == last:
-                _sync(self._target)
+                sync_path(self._target)
             os.replace(self.folder / name, self._target / name)
-        _sync(self._target)
+        sync_path(self._target)
         for path in _unfinished(self._target):  # this one, and those of runs that were killed
             shutil.rmtree(path)
-        _sync(self._target)
+        sync_path(self._target)
 
     def _say_that_files_are_replaced(self) -> None:
         renamed = self.folder.with_suffix(_REPLACING)
         os.rename(self.folder, renamed)
         self.folder = renamed
-        _sync(self._target)
+        sync_path(self._target)
 
     def discard(self) -> None:
         """Deletes what has no name of its own yet; not what an error kept from replacing an older checkpoint."""
@@ -145,7 +145,8 @@ def _delete(path: Path) -> None:
         path.unlink()
 
 
-def _sync(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Brings a file, or the list of names in a folder, to the disk."""
     if os.name == "nt" and path.is_dir():
         return  # Windows opens no folders
     descriptor = os.open(path, os.O_RDONLY)

@@ -11,15 +11,15 @@ The result is in FOLDER/model, for `from_pretrained` of all three.
 
 import argparse
 import math
-from pathlib import Path
 
 from shakespeare_data import parts_of_text, texts
+from training_arguments import parse_arguments, training_parser
 
 from opt_core import OPTConfig, OPTTokenizer
 from opt_core.batching import Batches, PackedDocuments, count_targets
 from opt_core.optimization import TrainingRecipe
 from opt_core.text_sources import read_texts
-from opt_zoo.backends import BACKENDS, load_backend
+from opt_zoo.backends import load_backend
 from opt_zoo.embedded import embedded_folder
 from opt_zoo.sources import find_source
 from opt_zoo.training_log import summary
@@ -29,7 +29,7 @@ SCRATCH = dict(hidden_size=128, ffn_dim=512, num_hidden_layers=4, num_attention_
 
 
 def main() -> None:
-    args = parse_arguments()
+    args = options()
     source = args.source and find_source(args.source, None)
     tokenizer = OPTTokenizer.from_pretrained(source or embedded_folder("opt-tiny"))
     sources = (args.train, args.validation) if args.train else [texts(part) for part in parts_of_text()]
@@ -62,23 +62,12 @@ def perplexity(trainer, batches: Batches) -> dict[str, float]:
     return {"perplexity": math.exp(sum(losses) / sum(counts))}
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--backend", choices=BACKENDS, required=True)
-    parser.add_argument("--from", dest="source", metavar="SOURCE", help="a checkpoint to go on from; default: none")
-    parser.add_argument("--train", type=Path, metavar="FILE", help=".txt (a text between blank lines), .csv or .jsonl")
-    parser.add_argument("--validation", type=Path, metavar="FILE", help="held-out texts, with --train")
-    parser.add_argument("--folder", type=Path, default=Path("causal-lm"), help="of the run; default: causal-lm")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--every", type=int, default=100, help="steps between validations and checkpoints")
-    parser.add_argument("--batch-size", type=int, default=8)
+def options() -> argparse.Namespace:
+    files = ".txt (a text between blank lines), .csv or .jsonl"
+    common = dict(folder="causal-lm", steps=400, batch_size=8, rate=2e-3, files=files, source=None)
+    parser = training_parser(__doc__, **common)
     parser.add_argument("--length", type=int, default=256, help="tokens of a row")
-    parser.add_argument("--rate", type=float, default=2e-3, help="the highest learning rate")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    if (args.train is None) != (args.validation is None):
-        parser.error("expected --train and --validation, or neither")
-    return args
+    return parse_arguments(parser)
 
 
 if __name__ == "__main__":

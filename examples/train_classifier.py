@@ -9,24 +9,24 @@ result is in FOLDER/model.
 """
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from shakespeare_data import parts_of_text, verse_or_prose
+from training_arguments import parse_arguments, training_parser
 
 from opt_core import OPTTokenizer
 from opt_core.batching import Batches
 from opt_core.optimization import TrainingRecipe
 from opt_core.text_sources import read_rows
-from opt_zoo.backends import BACKENDS, load_backend
+from opt_zoo.backends import load_backend
 from opt_zoo.sources import find_source
 from opt_zoo.training_log import summary
 from opt_zoo.training_loop import train
 
 
 def main() -> None:
-    args = parse_arguments()
+    args = options()
     source = find_source(args.source, None)
     tokenizer = OPTTokenizer.from_pretrained(source)
     sources = (args.train, args.validation) if args.train else [verse_or_prose(part) for part in parts_of_text()]
@@ -61,23 +61,11 @@ def main() -> None:
     print(summary(result, "accuracy"))
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--backend", choices=BACKENDS, required=True)
-    parser.add_argument("--from", dest="source", metavar="SOURCE", default="opt-tiny", help="default: opt-tiny")
-    parser.add_argument("--train", type=Path, metavar="FILE", help=".csv or .jsonl with the fields text and label")
-    parser.add_argument("--validation", type=Path, metavar="FILE", help="held-out ones, with --train")
-    parser.add_argument("--folder", type=Path, default=Path("classifier"), help="of the run; default: classifier")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--every", type=int, default=100, help="steps between validations and checkpoints")
-    parser.add_argument("--batch-size", type=int, default=16)
+def options() -> argparse.Namespace:
+    files = ".csv or .jsonl with the fields text and label"
+    parser = training_parser(__doc__, folder="classifier", steps=300, batch_size=16, rate=5e-4, files=files)
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128], help="to which texts are padded or cut")
-    parser.add_argument("--rate", type=float, default=5e-4, help="the highest learning rate")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    if (args.train is None) != (args.validation is None):
-        parser.error("expected --train and --validation, or neither")
-    return args
+    return parse_arguments(parser)
 
 
 if __name__ == "__main__":

@@ -9,24 +9,24 @@ weights. Stopped, even killed, and started again with the same command, it goes 
 """
 
 import argparse
-from pathlib import Path
 
 from shakespeare_data import parts_of_text, texts
 from train_causal_lm import perplexity
+from training_arguments import parse_arguments, training_parser
 
 from opt_core import OPTTokenizer
 from opt_core.batching import Batches, PackedDocuments
 from opt_core.lora import LoraConfig
 from opt_core.optimization import TrainingRecipe
 from opt_core.text_sources import read_texts
-from opt_zoo.backends import BACKENDS, load_backend
+from opt_zoo.backends import load_backend
 from opt_zoo.sources import find_source
 from opt_zoo.training_log import summary
 from opt_zoo.training_loop import train
 
 
 def main() -> None:
-    args = parse_arguments()
+    args = options()
     source = find_source(args.source, None)
     tokenizer = OPTTokenizer.from_pretrained(source)
     sources = (args.train, args.validation) if args.train else [texts(part) for part in parts_of_text()]
@@ -55,25 +55,13 @@ def main() -> None:
     print(summary(result, "perplexity"))
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--backend", choices=BACKENDS, required=True)
-    parser.add_argument("--from", dest="source", metavar="SOURCE", default="opt-tiny", help="default: opt-tiny")
-    parser.add_argument("--train", type=Path, metavar="FILE", help=".txt (a text between blank lines), .csv or .jsonl")
-    parser.add_argument("--validation", type=Path, metavar="FILE", help="held-out texts, with --train")
-    parser.add_argument("--folder", type=Path, default=Path("lora"), help="of the run; default: lora")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--every", type=int, default=50, help="steps between validations and checkpoints")
-    parser.add_argument("--batch-size", type=int, default=8)
+def options() -> argparse.Namespace:
+    files = ".txt (a text between blank lines), .csv or .jsonl"
+    parser = training_parser(__doc__, folder="lora", steps=200, every=50, batch_size=8, rate=2e-3, files=files)
     parser.add_argument("--length", type=int, default=256, help="tokens of a row")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--modules", nargs="+", default=["q_proj", "v_proj"], help="default: q_proj v_proj")
-    parser.add_argument("--rate", type=float, default=2e-3, help="the highest learning rate")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    if (args.train is None) != (args.validation is None):
-        parser.error("expected --train and --validation, or neither")
-    return args
+    return parse_arguments(parser)
 
 
 if __name__ == "__main__":

@@ -10,23 +10,23 @@ again with the same command, it goes on. The result is in FOLDER/model.
 """
 
 import argparse
-from pathlib import Path
 
 from shakespeare_data import parts_of_text, who_speaks
+from training_arguments import parse_arguments, training_parser
 
 from opt_core import OPTTokenizer
 from opt_core.batching import Batches
 from opt_core.optimization import TrainingRecipe
 from opt_core.question_answering import best_answer, make_windows, squad_metrics
 from opt_core.text_sources import read_questions
-from opt_zoo.backends import BACKENDS, load_backend
+from opt_zoo.backends import load_backend
 from opt_zoo.sources import find_source
 from opt_zoo.training_log import summary
 from opt_zoo.training_loop import train
 
 
 def main() -> None:
-    args = parse_arguments()
+    args = options()
     source = find_source(args.source, None)
     tokenizer = OPTTokenizer.from_pretrained(source)
     sources = (args.train, args.validation) if args.train else [who_speaks(part) for part in parts_of_text()]
@@ -63,24 +63,11 @@ def main() -> None:
     print(summary(result, "exact_match"), summary(result, "f1"))
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--backend", choices=BACKENDS, required=True)
-    parser.add_argument("--from", dest="source", metavar="SOURCE", default="opt-tiny", help="default: opt-tiny")
-    parser.add_argument("--train", type=Path, metavar="FILE", help="a SQuAD file")
-    parser.add_argument("--validation", type=Path, metavar="FILE", help="held-out questions, with --train")
-    parser.add_argument("--folder", type=Path, default=Path("answers"), help="of the run; default: answers")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--every", type=int, default=100, help="steps between validations and checkpoints")
-    parser.add_argument("--batch-size", type=int, default=16)
+def options() -> argparse.Namespace:
+    parser = training_parser(__doc__, folder="answers", steps=300, batch_size=16, rate=1e-3, files="a SQuAD file")
     parser.add_argument("--length", type=int, default=192, help="tokens of a window")
     parser.add_argument("--stride", type=int, default=64, help="tokens that two windows share")
-    parser.add_argument("--rate", type=float, default=1e-3, help="the highest learning rate")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    if (args.train is None) != (args.validation is None):
-        parser.error("expected --train and --validation, or neither")
-    return args
+    return parse_arguments(parser)
 
 
 if __name__ == "__main__":

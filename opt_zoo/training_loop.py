@@ -22,6 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from conversion.staging import sync_path
 from opt_core.batching import Batches
 from opt_core.errors import InputError, raise_if
 from opt_zoo.training_log import LOG, PLOT, Log, Metrics, Result, spelled, write_plot, write_whole
@@ -185,22 +186,12 @@ def save(trainer: Trainer, folder: Path, keep: int) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     trainer.save(partial)
     for path in [*partial.rglob("*"), partial]:
-        sync(path)
+        sync_path(path)
     os.rename(partial, target)
-    sync(folder)
+    sync_path(folder)
     for _, old in checkpoints(folder)[:-keep]:
         os.rename(old, gone := old.with_name(f"{old.name}.tmp"))  # a half deleted one has no name of a whole one
         shutil.rmtree(gone)
-
-
-def sync(path: Path) -> None:
-    if os.name == "nt":
-        return  # Windows opens no folders
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # -- the bar ---------------------------------------------------------------------------------------------------------

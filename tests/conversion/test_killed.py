@@ -179,7 +179,7 @@ def test_an_error_of_the_disk_while_it_is_written_is_raised_though_it_shows_only
             failed.append(path)
             raise OSError("a page was lost")
 
-    monkeypatch.setattr("conversion.staging._sync", fail_once_beside_the_writer)
+    monkeypatch.setattr("conversion.staging.sync_path", fail_once_beside_the_writer)
     slow = {name: lambda array=array: (time.sleep(0.01), array)[1] for name, array in NEW.items()}
     with pytest.raises(OSError, match="a page was lost"):
         write_checkpoint(tmp_path / "target", CONFIG, slow, dtype="float32")

@@ -104,7 +104,7 @@ def test_a_checkpoint_that_was_not_finished_is_none(folder, unbroken, monkeypatc
     (folder / "step-000009.tmp").mkdir()
     (folder / "step-000009.tmp" / "weights.npy").write_bytes(b"half")
     with monkeypatch.context() as patched:
-        patched.setattr("opt_zoo.training_loop.sync", lambda path: (_ for _ in ()).throw(Stopped))
+        patched.setattr("opt_zoo.training_loop.sync_path", lambda path: (_ for _ in ()).throw(Stopped))
         with pytest.raises(Stopped):
             run(folder, 9)
     result, _ = run(folder, STEPS)
