@@ -8,6 +8,7 @@ names: communication and arrays are the engines' business.
 """
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -44,6 +45,18 @@ class Mesh:
         for name, size in zip(self.names, self.sizes, strict=False):
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 yield f"{name}: expected a number of devices of at least 1, got {size!r}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Mesh":
+        """The mesh of a text such as "fsdp=2,tensor=4".
+
+        Raises:
+            InputError: lists every part that is not of that form, and what a mesh refuses.
+        """
+        parts = [re.fullmatch(r"\s*(\w+)\s*=\s*(\d+)\s*", part) for part in text.split(",")]
+        bad = [part for part, found in zip(text.split(","), parts, strict=True) if found is None]
+        raise_if(InputError, "mesh", [f"expected name=size, as in fsdp=2,tensor=4, got {part!r}" for part in bad])
+        return cls(tuple(found[1] for found in parts if found), tuple(int(found[2]) for found in parts if found))
 
     @property
     def devices(self) -> int:

@@ -383,3 +383,15 @@ def test_so_do_they_with_layers_of_different_numbers_of_heads():
     whole = Reference(config, tensors)
     expected = whole.logits(whole(ids_BT).last_hidden_state)
     assert np.abs(TensorParallel(config, tensors, 2).logits(ids_BT) - expected).max() < 1e-12
+
+
+def test_a_mesh_is_read_from_text():
+    assert Mesh.parse("fsdp=2, tensor=4") == Mesh(("fsdp", "tensor"), (2, 4))
+
+
+def test_a_text_that_is_no_mesh_is_refused_with_each_bad_part():
+    with pytest.raises(InputError) as error:
+        Mesh.parse("fsdp:2,tensor=4,=3")
+    assert len(error.value.problems) == 2 and "fsdp:2" in str(error.value) and "'=3'" in str(error.value)
+    with pytest.raises(InputError, match="twice|2 times"):
+        Mesh.parse("fsdp=2,fsdp=4")
