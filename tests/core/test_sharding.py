@@ -392,6 +392,6 @@ def test_a_mesh_is_read_from_text():
 def test_a_text_that_is_no_mesh_is_refused_with_each_bad_part():
     with pytest.raises(InputError) as error:
         Mesh.parse("fsdp:2,tensor=4,=3")
-    assert len(error.value.problems) == 2 and "fsdp:2" in str(error.value) and "'=3'" in str(error.value)
-    with pytest.raises(InputError, match="twice|2 times"):
+    assert [problem.split("got ")[1] for problem in error.value.problems] == ["'fsdp:2'", "'=3'"]
+    with pytest.raises(InputError, match="2 times"):
         Mesh.parse("fsdp=2,fsdp=4")
