@@ -111,6 +111,18 @@ class Trainer:
         self.optimizer.iterations.assign(state.step)
         self.step_count, self.seed = state.step, state.seed
 
+    @property
+    def process_index(self) -> int:
+        """Which of the processes that train this model this is: 0, as there is one."""
+        return 0
+
+    def agree(self, number: int) -> int:
+        """The number that process 0 gave, on every process; all have to call it."""
+        return number
+
+    def wait_for_all(self) -> None:
+        """Returns once every process has called it."""
+
     def _checked(self, batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
         """The arguments as tensors, after the checks that a compiled function cannot make."""
         model = self.model
