@@ -7,7 +7,7 @@ business, modules each backend's. Sources: Hu et al., arXiv:2106.09685; fields a
 those of PEFT (0.21), but for the default of `lora_alpha`.
 """
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +70,7 @@ class LoraConfig:
         problems = []
         if not isinstance(self.r, int) or isinstance(self.r, bool) or not 0 < self.r <= 1_000_000:
             problems.append(f"r: expected a positive integer, got {self.r!r}")
-        for name, highest in (("lora_alpha", math.inf), ("lora_dropout", 1)):
+        for name, highest in (("lora_alpha", sys.float_info.max), ("lora_dropout", 1)):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < highest:
                 problems.append(f"{name}: expected a number from 0 to below {highest}, got {value!r}")
@@ -113,12 +113,12 @@ class LoraConfig:
         problems = [*_foreign_problems(fields)]
         own = {name: fields[name] for name in ("r", "lora_alpha", "lora_dropout", "target_modules") if name in fields}
         own.setdefault("lora_alpha", 8)  # PEFT's default, of a file that lacks it
-        tasks = {published: task for task, published in _TASK_TYPES.items()}
+        tasks = [task for task, published in _TASK_TYPES.items() if published == fields.get("task_type")]
         name = fields.get("base_model_name_or_path")
         try:
             lora = cls(
                 **own,
-                task=tasks.get(fields.get("task_type")),  # type: ignore[arg-type]
+                task=tasks[0] if tasks else None,
                 base_model_name_or_path=name if isinstance(name, str) else None,
             )
         except ConfigError as error:

@@ -85,6 +85,8 @@ def test_a_task_whose_files_peft_asks_for_a_head_is_not_said(task):
         dict(init_lora_weights="pissa"),
         dict(peft_type="IA3"),
         dict(task_type="TOKEN_CLS"),
+        dict(task_type=["CAUSAL_LM"]),
+        dict(lora_alpha=10**400),
         dict(target_modules="all-linear"),
         dict(target_modules=None),
     ],
