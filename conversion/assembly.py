@@ -5,7 +5,7 @@ Knows the schema and the tables of the formats, and no container: files come ope
 
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -78,19 +78,28 @@ class StoredWeight(NamedTuple):
         Raises:
             CheckpointError: as `read`.
         """
-        if self.place.axis is not None:
-            return [self._piece(file) for file in self.files], self.place.axis
-        return [self._piece(self.files[0]) if len(self.files) == 1 else self.read()], 0
+        return self._pieces([file.read for file in self.files])
 
-    def _piece(self, file: TensorFile) -> np.ndarray:
+    def views(self) -> tuple[list[np.ndarray], int]:
+        """As `pieces`, before any value is read where that is possible: of any alignment too, on maps of the files."""
+        return self._pieces([file.view for file in self.files])
+
+    def _pieces(self, reads: Sequence[Callable[[str], np.ndarray]]) -> tuple[list[np.ndarray], int]:
+        if self.place.axis is not None or len(self.files) == 1:
+            pieces = [self._piece(file, read) for file, read in zip(self.files, reads, strict=True)]
+            return pieces, self.place.axis or 0
+        return [self.read()], 0
+
+    def _piece(self, file: TensorFile, read: Callable[[str], np.ndarray] | None = None) -> np.ndarray:
         layout, got = self.place.layout, file.tensors[self.name].shape
+        read = read or file.read
         if layout.is_identity and layout.slot is None and len(self.files) == 1:
-            return file.read(self.name)
+            return read(self.name)
         rows, *rest = stored_shape(layout)
         expected = (rows * (layout.slot[1] if layout.slot else 1), *rest)
         if got != expected:
             raise CheckpointError(str(file.path), [f"{self.name}: expected {expected}, got {got}"])
-        return to_schema(block(file.read(self.name), layout.slot), layout)
+        return to_schema(block(read(self.name), layout.slot), layout)
 
     def _check_copy(self, first: np.ndarray, other: np.ndarray, file: TensorFile) -> None:
         if first.tobytes() == other.tobytes():

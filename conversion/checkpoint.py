@@ -44,12 +44,14 @@ class Checkpoint:
         task: the class that saved it, one of `opt_core.schema.TASKS`, by the names present, or by the config's
             architectures where names do not tell a base model.
         shapes, dtypes: by the schema's names; a tied head is not among them.
+        bytes_read: of weights, what has been asked of the files so far; a view counts as read.
     """
 
     def __init__(self, source: str, format: Format, config: OPTConfig, files: Sequence[TensorFile]):
         self.source, self.format, self.config = source, format.name, config
         self._files, self._viewed_bytes = files, 0
         self._stored = find_weights(files, format, config, source)
+        self.bytes_read = 0
         self.task = task_of(stored.published for stored in self._stored.values())
         if not format.names_tell_the_class and _BASE_CLASSES & {*(config.architectures or ())}:
             self.task = "base"
@@ -65,7 +67,9 @@ class Checkpoint:
         the file in this order, else a copy. Writing to it never reaches the file, but a later `read` may see it. It
         outlives `close`.
         """
-        return self._stored[name].read()
+        array = self._stored[name].read()
+        self.bytes_read += array.nbytes
+        return array
 
     def pieces(self, name: str) -> tuple[list[np.ndarray], int]:
         """One tensor for a single look: its pieces, and the axis along which they follow each other.
@@ -74,11 +78,16 @@ class Checkpoint:
         the file's pages again, some hundred MB later, so that a process which passes through a checkpoint stays small.
         """
         pieces, axis = self._stored[name].pieces()
+        self.bytes_read += sum(piece.nbytes for piece in pieces)
         self._viewed_bytes += sum(piece.nbytes for piece in pieces)
         if self._viewed_bytes > _MAPPED_BYTES:
             self.close()  # of which each array keeps what it needs
             self._viewed_bytes = 0
         return pieces, axis
+
+    def views(self, name: str) -> tuple[list[np.ndarray], int]:
+        """As `pieces`, of any alignment, and before anything is read where a container allows (`conversion.slices`)."""
+        return self._stored[name].views()
 
     def check(
         self,

@@ -34,10 +34,10 @@ class MsgpackFile(MappedFile):
         super().__init__(path, tensors)
         self._chunks = chunks
 
-    def read(self, name: str) -> np.ndarray:
-        """As `MappedFile.read`; a chunked array is a copy."""
+    def view(self, name: str) -> np.ndarray:
+        """As `MappedFile.view`; a chunked array is a copy."""
         if name not in self._chunks:
-            return super().read(name)
+            return super().view(name)
         tensor, filled = self.tensors[name], 0
         flat = np.empty(math.prod(tensor.shape), DTYPES[tensor.dtype])
         for chunk in self._chunks[name]:

@@ -6,15 +6,15 @@ are copied by several threads at once; the others stay views on the file's pages
 """
 
 import math
-import mmap
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from conversion.checkpoint import Checkpoint
-from conversion.stored import DTYPES
+from conversion.slices import read_slice
+from conversion.stored import DTYPES, map_memory
 from opt_core.errors import CheckpointError, raise_if
 
 _ALIGNMENT = 64  # bytes, of the copies
@@ -24,7 +24,12 @@ _MAX_THREADS = 8  # which share the bandwidth of the memory
 
 
 def read_parameters(
-    checkpoint: Checkpoint, names: Iterable[str], dtype: str, *, alignment: int = 1
+    checkpoint: Checkpoint,
+    names: Iterable[str],
+    dtype: str,
+    *,
+    alignment: int = 1,
+    slices: Mapping[str, tuple[slice, ...]] | None = None,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (name, array) for the schema's `names`, in any order, in `dtype`.
 
@@ -33,22 +38,29 @@ def read_parameters(
 
     Args:
         alignment: at most 64; addresses are multiples of it, in bytes.
+        slices: of the weights that are wanted in part, the part of each, as `conversion.slices.read_slice` has it.
 
     Raises:
         CheckpointError: finite values that `dtype` cannot hold, with the name of each such weight.
     """
+
+    def read(name: str) -> np.ndarray:
+        return read_slice(checkpoint, name, slices[name]) if slices and name in slices else checkpoint.read(name)
+
     waiting: dict[str, np.ndarray] = {}
     names = tuple(names)
 
     def copies() -> Iterator[tuple[str, np.ndarray]]:
         copied, overflowed = _copies(list(waiting.values()), DTYPES[dtype])
         if overflowed:  # rare, so everything is looked at again, for one error with all of it
-            raise_if(CheckpointError, checkpoint.source, _overflows(checkpoint, names, DTYPES[dtype]))
-        yield from zip(waiting, copied, strict=True)
+            raise_if(CheckpointError, checkpoint.source, _overflows(read, names, DTYPES[dtype]))
+        done = zip(list(waiting), copied, strict=True)
         waiting.clear()
+        checkpoint.close()  # with which the pages that were copied leave the memory
+        yield from done
 
     for name in names:
-        array = checkpoint.read(name)
+        array = read(name)
         if array.dtype == DTYPES[dtype] and array.ctypes.data % alignment == 0:
             yield name, array
             continue
@@ -74,20 +86,9 @@ def _empty_arrays(shapes: Sequence[tuple[int, ...]], dtype: np.dtype) -> list[np
     for count in counts:
         size = count * dtype.itemsize
         starts.append(starts[-1] + size + -size % _ALIGNMENT)
-    buffer = _map_memory(starts.pop())
+    buffer = map_memory(starts.pop())
     parts = zip(shapes, counts, starts, strict=True)
     return [np.frombuffer(buffer, dtype, count, start).reshape(shape) for shape, count, start in parts]
-
-
-def _map_memory(nbytes: int) -> mmap.mmap:
-    """Anonymous memory in pages of the system's choice.
-
-    NumPy's own would ask Linux for large pages. They take 0.1 s for 500 MB at best, small ones 0.2 s; but in a virtual
-    machine whose host takes free memory back it is the large pages that are gone, and getting them again took 1.1 s.
-    """
-    if hasattr(mmap, "MAP_PRIVATE"):
-        return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return mmap.mmap(-1, nbytes)  # Windows
 
 
 def _chunks(target: np.ndarray, source: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -105,9 +106,9 @@ def _copy(chunk: tuple[np.ndarray, np.ndarray]) -> bool:
     return target.dtype == np.float16 != source.dtype and bool(np.isinf(target).any())
 
 
-def _overflows(checkpoint: Checkpoint, names: Iterable[str], dtype: np.dtype) -> Iterator[str]:
+def _overflows(read: Callable[[str], np.ndarray], names: Iterable[str], dtype: np.dtype) -> Iterator[str]:
     for name in names:
-        array = checkpoint.read(name)
+        array = read(name)
         with np.errstate(over="ignore", invalid="ignore"):
             overflowed = np.isinf(array.astype(dtype)) & np.isfinite(array)
         if overflowed.any():

@@ -18,6 +18,7 @@ from blake3 import blake3
 
 from conversion.manifest import MANIFEST_NAME
 from conversion.safetensors_file import PlannedTensor, read_header, write_file
+from conversion.slices import read_view
 from conversion.staging import check_is_published, staging
 from conversion.stored import MappedFile, StoredTensor
 from opt_core.errors import CheckpointError, ConfigError, raise_if
@@ -38,6 +39,10 @@ class TrainingState(NamedTuple):
     moments: dict[str, Moments]  # canonical name to float32 arrays, views on the file
     extra: dict[str, Any]  # what else the writer kept, as JSON
 
+    def read_slice(self, name: str, index: tuple[slice, ...]) -> Moments:
+        """A part of both moments of a parameter; no more is read (`conversion.slices`)."""
+        return Moments(*(read_view(array[index]) for array in self.moments[name]))
+
 
 def write_training_state(
     folder: str | os.PathLike,
@@ -54,37 +59,38 @@ def write_training_state(
     Args:
         step: steps done.
         moments: canonical name to arrays in the schema's shape; of an adapter, `<module>.lora_A.weight` and
-            `<module>.lora_B.weight`.
+            `<module>.lora_B.weight`. In place of an array, whatever has a `shape` and an `__array__`, which is asked
+            for once, when its turn comes.
         extra: JSON data, handed back by `read_training_state`.
 
     Raises:
         CheckpointError: moments that are NaN or infinite, each named.
     """
     folder, arrays = Path(folder), dict(_named(moments))
-    raise_if(CheckpointError, str(folder), _not_finite(arrays))
+    problems: list[str] = []
     fields = {"version": _VERSION, "step": step, "seed": seed, "recipe": recipe.to_dict(), "extra": dict(extra or {})}
     fields["weights"] = _hash_of_weights(folder)
     tensors = [PlannedTensor(name, "float32", array.shape) for name, array in arrays.items()]
     text = json.dumps(fields, indent=2, allow_nan=False) + "\n"
     with staging(folder) as staged:
         with open(staged.folder / MOMENTS_NAME, "wb") as file:
-            write_file(file, tensors, lambda file, tensor: _write(file, arrays[tensor.name]))
+            write_file(file, tensors, lambda file, tensor: _write(file, tensor, arrays[tensor.name], problems))
+        raise_if(CheckpointError, str(folder), problems)
         (staged.folder / STATE_NAME).write_text(text, encoding="utf-8")
         staged.publish(replaced=lambda name: name in (STATE_NAME, MOMENTS_NAME), last=STATE_NAME)
 
 
-def _named(moments: Mapping[str, Moments]) -> Iterator[tuple[str, np.ndarray]]:
+def _named(moments: Mapping[str, Moments]) -> Iterator[tuple[str, Any]]:
     for name, pair in moments.items():
         for kind, array in zip(Moments._fields, pair, strict=True):
-            yield f"{kind}.{name}", np.asarray(array)
+            yield f"{kind}.{name}", array
 
 
-def _not_finite(arrays: Mapping[str, np.ndarray]) -> Iterator[str]:
-    return (f"{name}: expected finite numbers" for name, array in arrays.items() if not np.isfinite(array).all())
-
-
-def _write(file, array: np.ndarray) -> None:
-    file.write(np.ascontiguousarray(array, np.float32).data)
+def _write(file, tensor: PlannedTensor, moment: Any, problems: list[str]) -> None:
+    array = np.ascontiguousarray(np.asarray(moment), np.float32)
+    if not np.isfinite(array).all():
+        problems.append(f"{tensor.name}: expected finite numbers")
+    file.write(array.data)
 
 
 def _hash_of_weights(folder: Path) -> str | None:

@@ -45,10 +45,10 @@ class H5File(MappedFile):
         super().__init__(path, tensors)
         self._packed, self._part = packed, part  # `packed` is name to dataset
 
-    def read(self, name: str) -> np.ndarray:
-        """As `MappedFile.read`; of a chunked or compressed dataset a copy."""
+    def view(self, name: str) -> np.ndarray:
+        """As `MappedFile.view`; of a chunked or compressed dataset a copy."""
         if name not in self._packed:
-            return super().read(name)
+            return super().view(name)
         try:
             with _opened(self.path, self._part) as file:
                 return _unpacked(file[self._packed[name]]).view(DTYPES[self.tensors[name].dtype])

@@ -203,12 +203,12 @@ class ShardedPart(MappedFile):
         super().__init__(files[0].path, tensors)  # whose offsets count through all shards
         self._files = files  # each with its run of a weight under the weight's name
 
-    def read(self, name: str) -> np.ndarray:
-        """As `MappedFile.read`: a view where the weight lies in one shard, else a copy."""
+    def view(self, name: str) -> np.ndarray:
+        """As `MappedFile.view` where the weight lies in one shard, else a copy."""
         tensor = self.tensors[name]
         files = [file for file in self._files if name in file.tensors]
         if len(files) == 1:
-            return files[0].read(name).reshape(tensor.shape)
+            return files[0].view(name).reshape(tensor.shape)
         flat, start = np.empty(math.prod(tensor.shape), DTYPES[tensor.dtype]), 0
         for file in files:  # read, not mapped: a map of each of a thousand shards would take as many descriptors
             run = file.tensors[name]

@@ -46,8 +46,8 @@ class _Renamed(MappedFile):
         super().__init__(file.path, {name: file.tensors[old] for name, old in names.items()})
         self._file, self._names = file, names
 
-    def read(self, name: str) -> np.ndarray:
-        return self._file.read(self._names[name])
+    def view(self, name: str) -> np.ndarray:
+        return self._file.view(self._names[name])
 
     def close(self) -> None:
         self._file.close()

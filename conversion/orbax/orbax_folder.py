@@ -71,6 +71,9 @@ class OrbaxFolder:
         except Exception as error:  # TensorStore raises what it finds as one of half a dozen types
             raise CheckpointError(str(self.path), [f"{name}: damaged: {str(error)[:300]}"]) from None
 
+    def view(self, name: str) -> np.ndarray:
+        return self.read(name)
+
     def close(self) -> None:
         """Nothing to do: no file stays open after a read."""
 

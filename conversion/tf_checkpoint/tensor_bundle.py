@@ -75,6 +75,9 @@ class BundleFile:
         """As `MappedFile.read`; of what lies at an odd address, as TensorFlow packs it, a copy."""
         return self._part_of[name].read(name)
 
+    def view(self, name: str) -> np.ndarray:
+        return self._part_of[name].view(name)
+
     def close(self) -> None:
         for part in self._parts:
             part.close()

@@ -1,0 +1,121 @@
+"""Parts of tensors, for devices that hold no more than theirs: no byte but the part's own is asked of a file.
+
+A part that lies in one run of the file, such as some rows of a matrix, is a view on the file's map, of which the rest
+is never in memory. The others, such as some columns, are read run by run into memory of their own: through the map, the
+pages between them would come too. Formats that do not keep a tensor in one piece give it whole, and it is cut. Which
+device holds what is `opt_core.sharding`'s business.
+"""
+
+from collections.abc import Sequence
+from io import FileIO
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from conversion.stored import FileMap, inode_of, map_memory
+from opt_core.errors import CheckpointError, InputError, raise_if
+
+if TYPE_CHECKING:
+    from conversion.checkpoint import Checkpoint
+
+
+def read_slice(checkpoint: "Checkpoint", name: str, index: Sequence[slice]) -> np.ndarray:
+    """A part of one tensor by the schema's name: row-major, writable, in the stored dtype.
+
+    `checkpoint.bytes_read` grows by what is asked of the files. Writing to the part never reaches them.
+
+    Args:
+        index: a slice for each dimension, with a step of 1 and within the tensor.
+
+    Raises:
+        InputError: an index that does not fit the tensor.
+        CheckpointError: the file has become shorter since it was opened, or another has taken its name.
+    """
+    index, parts, start = _checked(name, index, checkpoint.shapes[name]), [], 0
+    pieces, dim = checkpoint.views(name)
+    for piece in pieces:
+        low, high = (min(max(0, end - start), piece.shape[dim]) for end in (index[dim].start, index[dim].stop))
+        start += piece.shape[dim]
+        if low < high:
+            part = piece[*index[:dim], low:high, *index[dim + 1 :]]
+            checkpoint.bytes_read += (piece if _map_of(piece) is None else part).nbytes
+            parts.append(read_view(part))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, dim)
+
+
+def read_view(view: np.ndarray) -> np.ndarray:
+    """The values of a view on a file's map: row-major, writable, with no more of the map in memory than they are.
+
+    A view on other memory is copied, so that the rest of that memory can be freed.
+
+    Raises:
+        CheckpointError: as `read_slice`.
+    """
+    mapped = _map_of(view)
+    if mapped is None:
+        return view.copy(order="C")
+    if view.flags.c_contiguous and view.flags.aligned:
+        return view
+    order = sorted(range(view.ndim), key=lambda dim: -view.strides[dim])
+    stored = view.transpose(order)
+    if stored.strides[-1] != view.itemsize:  # single numbers, each with a gap behind it: no format of today
+        return view.copy(order="C")
+    return np.ascontiguousarray(_read_runs(stored, mapped).transpose(np.argsort(order)))
+
+
+def _checked(name: str, index: Sequence[slice], shape: tuple[int, ...]) -> tuple[slice, ...]:
+    if len(index) != len(shape):
+        raise InputError(name, [f"index: expected {len(shape)} slices, got {len(index)}"])
+    ends = [
+        (0 if it.start is None else it.start, length if it.stop is None else it.stop)
+        for it, length in zip(index, shape, strict=True)
+    ]
+    problems = [
+        f"dim {dim}: expected a slice within 0 and {length} by steps of 1, got {index[dim]}"
+        for dim, ((start, stop), length) in enumerate(zip(ends, shape, strict=True))
+        if not 0 <= start < stop <= length or index[dim].step not in (None, 1)
+    ]
+    raise_if(InputError, name, problems)
+    return tuple(slice(*pair) for pair in ends)
+
+
+def _map_of(array) -> FileMap | None:
+    """The map that a view lies on."""
+    while array is not None and not isinstance(array, FileMap):
+        array = array.obj if isinstance(array, memoryview) else getattr(array, "base", None)
+    return array
+
+
+def _read_runs(stored: np.ndarray, mapped: FileMap) -> np.ndarray:
+    """The values of a view whose strides fall, read from the file itself."""
+    starts, run_bytes = _runs(stored)
+    first = stored.ctypes.data - mapped.address
+    memory = map_memory(stored.nbytes)
+    targets = memoryview(memory)
+    with open(mapped.path, "rb", buffering=0) as file:
+        if inode_of(file.fileno()) != mapped.inode:
+            raise CheckpointError(str(mapped.path), ["another file has taken its name since it was opened"])
+        for target, start in zip(range(0, stored.nbytes, run_bytes), starts, strict=True):
+            file.seek(first + start)
+            _fill(file, targets[target : target + run_bytes])
+    return np.frombuffer(memory, stored.dtype).reshape(stored.shape)
+
+
+def _runs(stored: np.ndarray) -> tuple[list[int], int]:
+    """Where each run without gaps begins, in bytes behind the first number, and the bytes of every run."""
+    dims, run_bytes = stored.ndim, stored.itemsize
+    while dims and stored.strides[dims - 1] == run_bytes:
+        dims -= 1
+        run_bytes *= stored.shape[dims]
+    starts = np.zeros(1, np.int64)
+    for length, stride in zip(stored.shape[:dims], stored.strides[:dims], strict=True):
+        starts = np.add.outer(starts, np.arange(length) * stride).reshape(-1)
+    return starts.tolist(), run_bytes
+
+
+def _fill(file: FileIO, target: memoryview) -> None:
+    while target:
+        count = file.readinto(target)  # Linux gives at most 2 GB at once
+        if not count:
+            raise CheckpointError(str(file.name), [f"truncated: expected {len(target)} bytes at byte {file.tell()}"])
+        target = target[count:]
