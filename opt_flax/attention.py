@@ -24,6 +24,7 @@ from opt_flax.blockwise import KEYS, QUERIES, blockwise_attention
 from opt_flax.cudnn import HALF, cudnn_attention, cudnn_decode, cudnn_problems
 from opt_flax.layers import Dropout, Linear, contract
 from opt_flax.pallas_attention import pallas_attention, pallas_problems
+from opt_flax.sharding import Placement, by_heads
 
 # Kernels that a name may mean, the best first. On a CPU and a TPU, "sdpa" is the only one of these that runs.
 KERNELS = {
@@ -42,6 +43,7 @@ class Attention(nnx.Module):
     def __init__(self, config: OPTConfig, layer: int, attn_implementation: str, *, rngs: nnx.Rngs, dtype):
         self.num_heads, self.head_size = config.heads_of(layer), config.head_size
         self.attn_implementation = attn_implementation
+        self.placement: Placement | None = None
         self.dropout = Dropout(config.attention_dropout, rngs=rngs if config.attention_dropout else None)
         shape = dict(bias=config.enable_bias, init_std=config.init_std, rngs=rngs, dtype=dtype)
         width, joined = config.hidden_size, self.num_heads * self.head_size
@@ -69,8 +71,8 @@ class Attention(nnx.Module):
         k_BNSH = self.split_heads(self.k_proj(x_BTD))
         v_BNSH = self.split_heads(self.v_proj(x_BTD))
         if past is not None:
-            k_BNSH = cache.write(past[0], k_BNSH, lengths_B)
-            v_BNSH = cache.write(past[1], v_BNSH, lengths_B)
+            k_BNSH = by_heads(self.placement, cache.write, past[0], k_BNSH, lengths_B)
+            v_BNSH = by_heads(self.placement, cache.write, past[1], v_BNSH, lengths_B)
         heads_BNTH, weights_BNTS = self.attend(q_BNTH, k_BNSH, v_BNSH, lengths_B, output_attentions, first_BT)
         if head_mask_N is not None:
             heads_BNTH = heads_BNTH * head_mask_N[:, None, None].astype(heads_BNTH.dtype)
@@ -86,8 +88,10 @@ class Attention(nnx.Module):
             heads_BNTH, weights_BNTS = eager_attention(q_BNTH, k_BNSH, v_BNSH, lengths_B, dropout, first_BT)
             return heads_BNTH, weights_BNTS if output_attentions else None
         if lengths_B is not None:
-            return cached_attention(q_BNTH, k_BNSH, v_BNSH, lengths_B, name), None
-        return causal_attention(q_BNTH, k_BNSH, v_BNSH, first_BT, name), None
+            attend, given = cached_attention, (q_BNTH, k_BNSH, v_BNSH, lengths_B)
+        else:
+            attend, given = causal_attention, (q_BNTH, k_BNSH, v_BNSH, first_BT)
+        return by_heads(self.placement, functools.partial(attend, attn_implementation=name), *given), None
 
     def split_heads(self, x_BTA: Array) -> Array:
         return x_BTA.reshape(*x_BTA.shape[:2], self.num_heads, self.head_size).swapaxes(1, 2)

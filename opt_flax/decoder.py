@@ -14,6 +14,7 @@ from opt_flax.attention import Attention, LayerCache
 from opt_flax.cache import Cache, GrowingCache, grow
 from opt_flax.layers import ACTIVATION_FUNCTIONS, Dropout, Embedding, LayerNorm, Linear
 from opt_flax.packing import Packing, first_columns, make_packing, pack, unpack, unpack_attentions
+from opt_flax.sharding import Placement, on_rows
 
 
 class DecoderLayer(nnx.Module):
@@ -57,7 +58,7 @@ class DecoderLayer(nnx.Module):
         x_BTD = residual_BTD + self.dropout(x_BTD)
         if not self.pre_norm:
             x_BTD = self.final_layer_norm(x_BTD)
-        return x_BTD, present, weights_BNTS
+        return on_rows(self.self_attn.placement, x_BTD), present, weights_BNTS
 
 
 class Decoder(nnx.Module):
@@ -68,6 +69,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: OPTConfig, attn_implementation: str, *, rngs: nnx.Rngs, dtype, compute_dtype):
         self.static_config = StaticConfig(config)
+        self.placement: Placement | None = None
         self.compute_dtype = compute_dtype
         embed_size, hidden_size = config.word_embed_proj_dim, config.hidden_size
         start = dict(init_std=config.init_std, rngs=rngs, dtype=dtype)
@@ -105,6 +107,7 @@ class Decoder(nnx.Module):
         head_mask: Array | None = None,
     ) -> BaseModelOutput:
         x_BTE = (self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds).astype(self.compute_dtype)
+        x_BTE = on_rows(self.placement, x_BTE)
         packing = None if attention_mask is None else make_packing(attention_mask[:, -x_BTE.shape[1] :])
         past = past_key_values
         if isinstance(past, GrowingCache):
@@ -116,7 +119,7 @@ class Decoder(nnx.Module):
         if self.project_in is not None:
             x_BTD = self.project_in(x_BTD)
         rows_BT = self.position_rows(x_BTD, position_ids, packing, past, first_BT)
-        x_BTD = x_BTD + self.embed_positions(rows_BT).astype(self.compute_dtype)
+        x_BTD = on_rows(self.placement, x_BTD + self.embed_positions(rows_BT).astype(self.compute_dtype))
 
         head_mask_LN = self.split_head_mask(head_mask)
         recomputes = (
@@ -136,7 +139,7 @@ class Decoder(nnx.Module):
         if self.final_layer_norm is not None:
             x_BTD = self.final_layer_norm(x_BTD)
         x_BTE = x_BTD if self.project_out is None else self.project_out(x_BTD)
-        x_BTE = unpack(x_BTE, packing)
+        x_BTE = on_rows(self.placement, unpack(x_BTE, packing))
 
         return BaseModelOutput(
             x_BTE,

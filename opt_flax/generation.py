@@ -22,6 +22,7 @@ from opt_core.searching import search, stream
 from opt_flax.cache import Cache, as_bits, from_bits, with_capacity
 from opt_flax.inputs import known
 from opt_flax.packing import pool_last_token
+from opt_flax.sharding import on_host
 from opt_flax.stepping import ModelStepper
 
 
@@ -135,7 +136,7 @@ class GenerationMixin:
         logits_BV, cache = _prefill(graphdef, state, ids_BT, real_BT, plan.capacity)
         eos = np.array(plan.eos_token_ids, np.int32)
         tokens_BS, count, _ = _decode(graphdef, state, logits_BV, cache, eos, plan.pad_token_id, plan.max_new_tokens)
-        return np.asarray(tokens_BS)[:, : int(count)]
+        return on_host(tokens_BS)[:, : int(on_host(count))]
 
     def prefill(self, input_ids_BT: Array, real_BT: Array, capacity: int) -> tuple[Array, Cache]:
         """Runs the prompt; returns the logits [B, V] after the last real token of each row, and its cache."""

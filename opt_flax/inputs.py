@@ -32,10 +32,17 @@ def known(x, *, values: bool = True) -> Known | None:
         return None
     x = x if isinstance(x, jax.Array) else array_of(x)
     dtype = str(x.dtype)
-    if not values or isinstance(x, jax.core.Tracer):
+    if not values or not is_readable(x):
         return Known(tuple(x.shape), dtype)
     x = np.asarray(x)
     return Known(x.shape, dtype, x.astype(np.float32) if dtype == "bfloat16" else x)
+
+
+def is_readable(x) -> bool:
+    """Whether the values are there to be read: not those of what is being compiled, or of other processes alone."""
+    if isinstance(x, jax.core.Tracer):
+        return False
+    return not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
 
 
 def known_cache(cache: Cache | None) -> KnownCache | None:

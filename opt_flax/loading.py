@@ -1,6 +1,7 @@
 """`from_pretrained` and `save_pretrained`, Flax NNX."""
 
 import tempfile
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from opt_core.config import OPTConfig
 from opt_core.errors import InputError
 from opt_core.schema import published_name, shapes
 from opt_flax.layers import shapes_only
+from opt_flax.sharding import Placement, on_host, place, placement_on, shardings
 
 ALIGNMENT = 64  # bytes; XLA copies memory of a smaller one
 
@@ -38,6 +40,7 @@ class LoadingMixin:
         token=None,
         subfolder: str | None = None,
         device=None,
+        device_mesh: jax.sharding.Mesh | None = None,
         compute_dtype=None,
         output_loading_info: bool = False,
         rngs: nnx.Rngs | None = None,
@@ -51,6 +54,8 @@ class LoadingMixin:
         Args:
             dtype: None for float32, "auto" for the stored one, or a JAX dtype or its name. `torch_dtype` is an alias.
             device: where the parameters go: a device, a sharding, or a platform's name; by default JAX's own.
+            device_mesh: a mesh (`opt_flax.sharding.init_mesh`) over whose devices the model is cut, by the rules of
+                `opt_core.sharding`; every device gets its own part of each weight alone.
             compute_dtype: what is computed with, bfloat16 for mixed precision; by default the dtype of the parameters.
             output_loading_info: also return which weights the checkpoint lacked or had in excess.
             rngs: for the weights of a new head, and dropout in later training.
@@ -72,7 +77,10 @@ class LoadingMixin:
             token=token,
             subfolder=subfolder,
         )
-        model = cls._from_checkpoint(pretrained, attn_implementation, device, rngs, compute_dtype)
+        if device is not None and device_mesh is not None:
+            raise InputError("from_pretrained", ["device, device_mesh: expected one of them, got both"])
+        placement = None if device_mesh is None else placement_on(device_mesh, pretrained.config, cls.task)
+        model = cls._from_checkpoint(pretrained, attn_implementation, placement or device, rngs, compute_dtype)
         if pretrained.generation_config is not None:
             model.generation_config = pretrained.generation_config
         info = {"missing_keys": list(pretrained.new), "unexpected_keys": list(pretrained.unused)}
@@ -83,17 +91,20 @@ class LoadingMixin:
         cls, pretrained: Pretrained, attn_implementation: str, device, rngs: nnx.Rngs | None, compute_dtype
     ):
         dtypes = dict(dtype=jnp.dtype(pretrained.dtype), compute_dtype=compute_dtype)
-        device = jax.devices(device)[0] if isinstance(device, str) else device
         with shapes_only():
             model = nnx.eval_shape(lambda: cls(pretrained.config, attn_implementation=attn_implementation, **dtypes))
         for name in pretrained.new:
             rngs = rngs or nnx.Rngs(0)
             owner_of(model, published_name(name, cls.task))[0].reset_parameters(rngs)
         stored = [name for name in shapes(pretrained.config, cls.task) if name not in pretrained.new]
-        for name, array in read_parameters(pretrained.checkpoint, stored, pretrained.dtype, alignment=ALIGNMENT):
+        read = _read_on_mesh if isinstance(device, Placement) else _read
+        for name, array in read(pretrained, stored, device, cls.task):
             owner, attribute = owner_of(model, published_name(name, cls.task))
-            setattr(owner, attribute, nnx.Param(from_numpy(array, device)))
+            setattr(owner, attribute, nnx.Param(array))
         _start_streams(model, rngs)
+        if isinstance(device, Placement):
+            model.set_placement(device)
+            place(model)
         model.eval()
         return model
 
@@ -136,6 +147,22 @@ class LoadingMixin:
         return getattr(owner, attribute).get_value()
 
 
+def _read(pretrained: Pretrained, names: Iterable[str], device, _: str) -> Iterator[tuple[str, Array]]:
+    """The weights, on a device."""
+    device = jax.devices(device)[0] if isinstance(device, str) else device
+    for name, array in read_parameters(pretrained.checkpoint, names, pretrained.dtype, alignment=ALIGNMENT):
+        yield name, from_numpy(array, device)
+
+
+def _read_on_mesh(
+    pretrained: Pretrained, names: Iterable[str], placement: Placement, task: str
+) -> Iterator[tuple[str, Array]]:
+    """The weights, cut over a mesh."""
+    placed = shardings(placement, pretrained.config, task)
+    for name, array in read_parameters(pretrained.checkpoint, names, pretrained.dtype, alignment=ALIGNMENT):
+        yield name, placement.put(array, placed[published_name(name, task)])
+
+
 def from_numpy(array: np.ndarray, device=None) -> Array:
     """An array that shares the memory, where that is the CPU's and aligned; NumPy's bfloat16 is that of ml_dtypes."""
     return jax.device_put(array, device)
@@ -143,7 +170,7 @@ def from_numpy(array: np.ndarray, device=None) -> Array:
 
 def to_numpy(array: Array) -> np.ndarray:
     """The values as a NumPy array, bfloat16 as that of ml_dtypes."""
-    return np.asarray(array)
+    return on_host(array)
 
 
 def owner_of(model: nnx.Module, name: str) -> tuple[nnx.Module, str]:

@@ -1,5 +1,6 @@
 """What the published classes share, Flax NNX: the checked call, embeddings, cache, loading."""
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
@@ -15,12 +16,14 @@ from opt_core.errors import InputError
 from opt_core.lora import LoraConfig
 from opt_core.outputs import BaseModelOutput
 from opt_core.schema import kept_by_pruning, published_name, weights
+from opt_core.sharding import Mesh, partition
 from opt_flax.attention import check_implementation
 from opt_flax.cache import Cache, init_cache
 from opt_flax.decoder import Decoder, StaticConfig
-from opt_flax.inputs import as_index, as_tensor, known, known_cache
+from opt_flax.inputs import as_index, as_tensor, is_readable, known, known_cache
 from opt_flax.layers import Embedding, Linear
 from opt_flax.loading import LoadingMixin, owner_of
+from opt_flax.sharding import Placement, place
 
 
 class FlaxOPTPreTrainedModel(LoadingMixin, nnx.Module):
@@ -34,6 +37,7 @@ class FlaxOPTPreTrainedModel(LoadingMixin, nnx.Module):
         self.static_config = StaticConfig(config)
         self.attn_implementation = attn_implementation
         self.lora: LoraConfig | None = None
+        self.placement: Placement | None = None
 
     @property
     def config(self) -> OPTConfig:
@@ -56,6 +60,22 @@ class FlaxOPTPreTrainedModel(LoadingMixin, nnx.Module):
     def compute_dtype(self) -> jnp.dtype:
         """The dtype of what is computed and returned, to which weights of another are rounded where they are used."""
         return self.base_model.decoder.compute_dtype
+
+    @property
+    def device_mesh(self) -> jax.sharding.Mesh | None:
+        """The devices that the model is on, where `shard_model` or `from_pretrained` has put it on several."""
+        return None if self.placement is None else self.placement.device_mesh
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The names and sizes of the axes of `device_mesh`."""
+        return None if self.placement is None else self.placement.mesh
+
+    def set_placement(self, placement: Placement) -> None:
+        """Says where arrays lie, to all modules that ask; `opt_flax.sharding.place` puts them there."""
+        attentions = (layer.self_attn for layer in self.base_model.decoder.layers)
+        for owner in (self, self.base_model, self.base_model.decoder, *attentions):
+            owner.placement = placement
 
     @property
     def device(self) -> jax.Device:
@@ -96,7 +116,11 @@ class FlaxOPTPreTrainedModel(LoadingMixin, nnx.Module):
 
     def init_cache(self, batch_size: int, capacity: int) -> Cache:
         """An empty cache for `past_key_values`, for `batch_size` rows of up to `capacity` tokens."""
-        return init_cache(self.config, batch_size, capacity, dtype=self.compute_dtype, device=self.device)
+        made = functools.partial(init_cache, self.config, batch_size, capacity, dtype=self.compute_dtype)
+        if self.placement is None:
+            return made(device=self.device)
+        buffers, lengths = self.placement.cache(batch_size)
+        return jax.jit(made, out_shardings=Cache(buffers, buffers, lengths))()
 
     # -- embeddings ---------------------------------------------------------------------------------------------------
 
@@ -123,6 +147,7 @@ class FlaxOPTPreTrainedModel(LoadingMixin, nnx.Module):
         if pad_to_multiple_of:
             new_num_tokens = -(-new_num_tokens // pad_to_multiple_of) * pad_to_multiple_of
         config = self.config.replace(vocab_size=new_num_tokens)
+        self._check_partition(config)
         rngs = rngs or nnx.Rngs(0)
         old = self.get_input_embeddings()
         start = dict(init_std=config.init_std, rngs=rngs, dtype=self.dtype)
@@ -133,6 +158,7 @@ class FlaxOPTPreTrainedModel(LoadingMixin, nnx.Module):
             self.lm_head = _with_rows_of(head, Linear(config.word_embed_proj_dim, new_num_tokens, bias=False, **start))
         self._set_config(config)
         self.tie_weights()
+        place(self)
         return self.get_input_embeddings()
 
     def resize_position_embeddings(self, new_num_position_embeddings: int, rngs: nnx.Rngs | None = None) -> None:
@@ -143,6 +169,7 @@ class FlaxOPTPreTrainedModel(LoadingMixin, nnx.Module):
         decoder = self.base_model.decoder
         decoder.embed_positions = _with_rows_of(decoder.embed_positions, new)
         self._set_config(config)
+        place(self)
 
     def prune_heads(self, heads_to_prune: Mapping[int, Iterable[int]]) -> None:
         """Takes heads out of layers for good: {layer: heads}, numbered as before any was pruned.
@@ -157,6 +184,7 @@ class FlaxOPTPreTrainedModel(LoadingMixin, nnx.Module):
         if self.lora is not None:
             raise InputError("prune_heads", ["model: expected one without adapters; merge_lora makes it one"])
         before, after = self.config, self.config.without_heads(heads_to_prune)
+        self._check_partition(after)
         for weight in weights(before, self.task):
             place = kept_by_pruning(weight, before, after)
             if place is not None:
@@ -164,12 +192,18 @@ class FlaxOPTPreTrainedModel(LoadingMixin, nnx.Module):
         for i, layer in enumerate(self.base_model.decoder.layers):
             layer.self_attn.num_heads = after.heads_of(i)
         self._set_config(after)
+        place(self)
 
     def _keep(self, name: str, axis: int, index: list[int]) -> None:
         """Shortens a parameter to some indices along one axis."""
         owner, attribute = owner_of(self, published_name(name, self.task))
         kept = jnp.take(getattr(owner, attribute).get_value(), jnp.array(index), axis=axis)
         setattr(owner, attribute, nnx.Param(kept))
+
+    def _check_partition(self, config: OPTConfig) -> None:
+        """Raises an InputError where the model's mesh does not divide what would become of the model."""
+        if self.placement is not None:
+            partition(config, self.mesh, self.placement.rules, self.task)
 
     def _set_config(self, config: OPTConfig) -> None:
         for owner in (self, self.base_model, self.base_model.decoder):
@@ -224,11 +258,7 @@ class FlaxOPTPreTrainedModel(LoadingMixin, nnx.Module):
         given = (input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, logits_to_keep)
         self.check_inputs(*given, segment_ids, use_cache, head_mask)
         attention_mask = as_tensor(attention_mask)
-        if (
-            attention_mask is not None
-            and not isinstance(attention_mask, jax.core.Tracer)
-            and np.asarray(attention_mask).all()
-        ):
+        if attention_mask is not None and is_readable(attention_mask) and np.asarray(attention_mask).all():
             attention_mask = None  # nothing to pack, and no mask where none is needed
         return self.base_model.decoder(
             as_index(input_ids),

@@ -14,6 +14,7 @@ from opt_core.generation import bucketed
 from opt_core.stepper import StepOutput, width_of_step
 from opt_flax.cache import Cache, reorder, with_capacity
 from opt_flax.packing import pool_last_token
+from opt_flax.sharding import on_host
 
 
 class ModelStepper:
@@ -43,15 +44,19 @@ class ModelStepper:
         return _as_numpy(logits_RTV[:, :T], hidden_RTE[:, :T] if output_hidden else None)
 
     def reorder(self, rows_Q: np.ndarray) -> None:
-        self.cache, self.lengths_R = reorder(self.cache, rows_Q), self.lengths_R[rows_Q]
+        self.cache, self.lengths_R = self.placed(reorder(self.cache, rows_Q)), self.lengths_R[rows_Q]
 
     def truncate(self, lengths_R: np.ndarray) -> None:
         self.lengths_R = lengths_R
-        self.cache = self.cache._replace(lengths=jax.numpy.asarray(lengths_R, self.cache.lengths.dtype))
+        self.cache = self.placed(self.cache._replace(lengths=jax.numpy.asarray(lengths_R, self.cache.lengths.dtype)))
+
+    def placed(self, cache: Cache) -> Cache:
+        """The cache as a compiled step gives it back, so that the next step is the same program."""
+        return cache if self.model.placement is None else self.model.placement.put_cache(cache)
 
 
 def _as_numpy(logits: Array, hidden: Array | None) -> StepOutput:
-    logits, hidden = (None if x is None else np.asarray(x, np.float32) for x in (logits, hidden))
+    logits, hidden = (None if x is None else np.asarray(on_host(x), np.float32) for x in (logits, hidden))
     return StepOutput(logits, hidden)
 
 

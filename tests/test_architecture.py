@@ -28,14 +28,15 @@ OWN_FRAMEWORK = {
 # Functions that hand out arrays of a framework that the caller named import it there, and nowhere else.
 LAZY_IMPORTS = {"opt_core/batch_encoding.py", "opt_zoo/backends.py"}
 # What a framework needs and the others do not: attention with O(S) memory, which PyTorch has built in; kernels of
-# PyTorch and around it; kernels of JAX and cuDNN; TensorFlow's own format of a program with its weights; a switch for a
-# framework's own cache of programs.
+# PyTorch and around it; kernels of JAX and cuDNN; TensorFlow's own format of a program with its weights; a model cut over
+# devices, which TensorFlow has no engine for; a switch for a framework's own cache of programs.
 ONLY_SOME_HAVE = {
     "blockwise.py",
     "rowwise.py",
     *("flash.py", "flex.py", "sdpa.py", "segments.py", "triton_decode.py"),
     *("cudnn.py", "pallas_attention.py"),
     "saved_model.py",
+    "sharding.py",
     "cuda_graph.py",
     "compilation_cache.py",
 }
