@@ -28,8 +28,8 @@ OWN_FRAMEWORK = {
 # Functions that hand out arrays of a framework that the caller named import it there, and nowhere else.
 LAZY_IMPORTS = {"opt_core/batch_encoding.py", "opt_zoo/backends.py"}
 # What a framework needs and the others do not: attention with O(S) memory, which PyTorch has built in; kernels of
-# PyTorch and around it; kernels of JAX and cuDNN; TensorFlow's own format of a program with its weights; a model cut over
-# devices, which TensorFlow has no engine for; a switch for a framework's own cache of programs.
+# PyTorch and around it; kernels of JAX and cuDNN; TensorFlow's own format of a program with its weights; a model cut
+# over devices, which TensorFlow has no engine for; a switch for a framework's own cache of programs.
 ONLY_SOME_HAVE = {
     "blockwise.py",
     "rowwise.py",
@@ -154,6 +154,8 @@ FRAMEWORK_ONLY = {
         "Slots",
         "slots_behind",
         "GenerationMixin.prepare_inputs_for_generation",
+        "GenerationMixin.feed",
+        *("Part", "Part.total"),
         *("LoraLinear", "LoraLinear.forward", "LoraLinear.merged"),
     },
     "opt_tf": set(),
