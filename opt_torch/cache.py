@@ -42,11 +42,11 @@ class Slots(NamedTuple):
     sees_all: bool = False  # each token sees all of them
 
 
-def init_cache(config: OPTConfig, batch_size: int, capacity: int, *, dtype, device=None) -> Cache:
-    """An empty cache for `batch_size` rows of up to `capacity` tokens."""
+def init_cache(config: OPTConfig, batch_size: int, capacity: int, *, dtype, device=None, head_parts: int = 1) -> Cache:
+    """An empty cache for `batch_size` rows of up to `capacity` tokens, of one of so many parts of the heads."""
 
     def buffers() -> tuple[Tensor, ...]:
-        heads = (config.heads_of(layer) for layer in range(config.num_hidden_layers))
+        heads = (config.heads_of(layer) // head_parts for layer in range(config.num_hidden_layers))
         shapes = ((batch_size, N, capacity, config.head_size) for N in heads)
         return tuple(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
 

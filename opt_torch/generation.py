@@ -100,20 +100,27 @@ class GenerationMixin:
     def _request(
         self, input_ids, attention_mask, generation_config, assistant_model, max_new_tokens, options
     ) -> GenerationRequest:
-        return plan_request(
-            self.config,
-            known(as_index(input_ids, self.device)),
-            known(as_tensor(attention_mask, self.device)),
-            generation_config or self.generation_config,
-            **call_options(options, max_new_tokens, assistant_model, GenerationMixin),
-        )
+        def plan() -> GenerationRequest:
+            return plan_request(
+                self.config,
+                known(as_index(input_ids, self.device)),
+                known(as_tensor(attention_mask, self.device)),
+                generation_config or self.generation_config,
+                **call_options(options, max_new_tokens, assistant_model, GenerationMixin),
+            )
+
+        if self.device_mesh is None:
+            return plan()
+        from opt_torch.sharding import agreed_request
+
+        return agreed_request(plan, is_seeded=options.get("seed") is not None or options.get("generator") is not None)
 
     def _search(self, plan: GenerationPlan) -> Tensor:
         eos = torch.tensor(plan.eos_token_ids, device=self.device)
         logits_BV, cache = self.prefill(plan.input_ids, plan.real, plan.capacity)
         ended_B = torch.zeros(len(logits_BV), dtype=torch.bool, device=self.device)
         step = self.decode_step
-        if _records_steps(self.device) and plan.max_new_tokens > 1:
+        if _records_steps(self.device) and plan.max_new_tokens > 1 and self.device_mesh is None:
             step = recorded_step(self, cache)
             cache = step.cache
         tokens = []
@@ -129,14 +136,30 @@ class GenerationMixin:
         """Runs the prompt; returns the logits [B, V] after the last real token of each row, and its cache."""
         ids_BT, real_BT = (torch.as_tensor(x, device=self.device) for x in (input_ids_BT, real_BT))
         mask_BT = None if real_BT.all() else real_BT
-        out = self.base_model.decoder(ids_BT, mask_BT, use_cache=True)
-        last_BE = pool_last_token(out.last_hidden_state, real_BT)
-        return self.logits(last_BE), with_capacity(out.past_key_values, capacity)
+        logits_BV, _, cache = self.feed(ids_BT, mask_BT, real_BT=real_BT)
+        return logits_BV, with_capacity(cache, capacity)
 
     def decode_step(self, token_B: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
         """Feeds one token a row; returns the logits [B, V] after it, and the cache with it."""
-        out = self.base_model.decoder(token_B[:, None], past_key_values=cache, use_cache=True)
-        return self.logits(out.last_hidden_state[:, 0]), out.past_key_values
+        logits_B1V, _, cache = self.feed(token_B[:, None], cache=cache)
+        return logits_B1V[:, 0], cache
+
+    def feed(
+        self,
+        ids_BT: Tensor,
+        mask_BT: Tensor | None = None,
+        cache: Cache | None = None,
+        *,
+        real_BT: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Cache]:
+        """Runs tokens behind those of a cache; arguments are not checked.
+
+        Returns the logits [B, T, V], or of `real_BT` the last alone, [B, V]; hidden states [B, T, E]; and the cache.
+        """
+        out = self.base_model.decoder(ids_BT, mask_BT, past_key_values=cache, use_cache=True)
+        hidden_BTE = out.last_hidden_state
+        wanted = hidden_BTE if real_BT is None else pool_last_token(hidden_BTE, real_BT)
+        return self.logits(wanted), hidden_BTE, out.past_key_values
 
 
 def _records_steps(device: torch.device) -> bool:

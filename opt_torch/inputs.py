@@ -34,11 +34,12 @@ def known(x: Tensor | None, *, values: bool = True) -> Known | None:
     return Known(tuple(x.shape), dtype, x.cpu().numpy())
 
 
-def known_cache(cache: Cache | None) -> KnownCache | None:
+def known_cache(cache: Cache | None, head_parts: int = 1) -> KnownCache | None:
+    """Of a device that holds one of so many parts of the heads."""
     if cache is None:
         return None
     check_cache(cache, Cache)
     capacity = None if isinstance(cache, GrowingCache) else cache.capacity
     lengths = known(cache.lengths)
-    layers = tuple((buffer.shape[1], buffer.shape[3]) for buffer in cache.keys)
+    layers = tuple((buffer.shape[1] * head_parts, buffer.shape[3]) for buffer in cache.keys)
     return KnownCache(cache.batch_size, capacity, lengths.values, layers)

@@ -1,6 +1,7 @@
 """`from_pretrained` and `save_pretrained`, PyTorch."""
 
 import tempfile
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ class LoadingMixin:
         token=None,
         subfolder: str | None = None,
         device=None,
+        device_mesh=None,
         output_loading_info: bool = False,
         **overrides,
     ):
@@ -43,7 +45,9 @@ class LoadingMixin:
         Args:
             dtype: None for float32, "auto" for the stored one, or a torch dtype or its name. `torch_dtype` is an alias.
             device: where the parameters go; the CPU by default.
-            output_loading_info: also return which weights the checkpoint lacked or had in excess.
+            device_mesh: of `opt_torch.sharding.init_mesh`; every process reads its own parts of the weights alone.
+            output_loading_info: also return which weights the checkpoint lacked or had in excess, and the bytes of
+                weights that this process has read.
             overrides: fields of the config, e.g. `num_labels=3`.
 
         Raises:
@@ -62,24 +66,33 @@ class LoadingMixin:
             token=token,
             subfolder=subfolder,
         )
-        model = cls._from_checkpoint(pretrained, attn_implementation, device or "cpu")
+        if device is not None and device_mesh is not None:
+            raise InputError("from_pretrained", ["device: expected none beside device_mesh, which has its own"])
+        device = device_mesh.device_type if device_mesh is not None else device or "cpu"
+        model = cls._from_checkpoint(pretrained, attn_implementation, device, device_mesh)
         if pretrained.generation_config is not None:
             model.generation_config = pretrained.generation_config
         info = {"missing_keys": list(pretrained.new), "unexpected_keys": list(pretrained.unused)}
+        info["bytes_read"] = pretrained.checkpoint.bytes_read
         return (model, info) if output_loading_info else model
 
     @classmethod
-    def _from_checkpoint(cls, pretrained: Pretrained, attn_implementation: str, device):
+    def _from_checkpoint(cls, pretrained: Pretrained, attn_implementation: str, device, device_mesh=None):
         dtype = getattr(torch, pretrained.dtype)
         with torch.device("meta"):
-            model = cls(pretrained.config, attn_implementation=attn_implementation)
+            model = cls(pretrained.config, attn_implementation=attn_implementation).to(dtype)
         for name in pretrained.new:
             owner, _ = owner_of(model, published_name(name, cls.task))
-            owner.to_empty(device=device).to(dtype).reset_parameters()
+            owner.to_empty(device=device).reset_parameters()
+        slices, part = None, _whole
+        if device_mesh is not None:
+            from opt_torch.sharding import as_part, own_slices, shard_model
+
+            slices, part = own_slices(shard_model(model, device_mesh)), as_part
         stored = [name for name in shapes(pretrained.config, cls.task) if name not in pretrained.new]
-        for name, array in read_parameters(pretrained.checkpoint, stored, pretrained.dtype):
+        for name, array in read_parameters(pretrained.checkpoint, stored, pretrained.dtype, slices=slices):
             owner, attribute = owner_of(model, published_name(name, cls.task))
-            setattr(owner, attribute, nn.Parameter(from_numpy(array).to(device)))
+            setattr(owner, attribute, nn.Parameter(part(from_numpy(array).to(device), getattr(owner, attribute))))
         model.tie_weights()
         return model.eval()
 
@@ -93,32 +106,50 @@ class LoadingMixin:
 
         Raises:
             InputError: the model has adapters, which this would leave out.
+
+        Of a sharded model every process must call this, and process 0 writes; no more than one weight is whole at a
+        time.
         """
         if self.lora is not None:
             remedy = "save_adapter writes them alone, merge_lora adds them to the weights"
             raise InputError("save_pretrained", [f"model: expected one without adapters; {remedy}"])
-        tensors = {name: lambda name=name: to_numpy(self.weight(name)) for name in shapes(self.config, self.task)}
-        dtype = str(self.dtype).removeprefix("torch.")
-        write_checkpoint(
-            folder,
-            self.config.replace(torch_dtype=dtype),
-            tensors,
-            task=self.task,
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-            allow_nonfinite=allow_nonfinite,
-        )
-        if getattr(self, "generation_config", None) is not None:
-            self.generation_config.save_pretrained(folder)
+
+        def write(weight: Callable[[str], Tensor]) -> None:
+            tensors = {name: lambda name=name: to_numpy(weight(name)) for name in shapes(self.config, self.task)}
+            dtype = str(self.dtype).removeprefix("torch.")
+            write_checkpoint(
+                folder,
+                self.config.replace(torch_dtype=dtype),
+                tensors,
+                task=self.task,
+                max_shard_size=max_shard_size,
+                overwrite=overwrite,
+                allow_nonfinite=allow_nonfinite,
+            )
+            if getattr(self, "generation_config", None) is not None:
+                self.generation_config.save_pretrained(folder)
+
+        if self.mesh is None:
+            return write(self.weight)
+        from opt_torch.sharding import write_from_first
+
+        write_from_first(self, write)
 
     def push_to_hub(self, repo_id: str, *, max_shard_size: int | str = "5GB", **options) -> str:
-        """Saves to a temporary folder and uploads it; `options` as in `conversion.push_folder`. Returns the address."""
+        """Saves to a temporary folder and uploads it; `options` as in `conversion.push_folder`. Returns the address.
+
+        Raises:
+            InputError: the model is sharded, and every process would upload it.
+        """
+        if self.mesh is not None:
+            remedy = "save_pretrained on all, then conversion.push_folder on one"
+            raise InputError("push_to_hub", [f"model: expected one that is not sharded; {remedy}"])
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size)
             return push_folder(folder, repo_id, **options)
 
     def weight(self, name: str) -> Tensor:
-        """The parameter of a canonical name, e.g. `decoder.layers.0.fc1.weight`."""
+        """The parameter of a canonical name, e.g. `decoder.layers.0.fc1.weight`; of a sharded model a DTensor."""
         owner, attribute = owner_of(self, published_name(name, self.task))
         return getattr(owner, attribute)
 
@@ -155,6 +186,11 @@ def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The module that holds what a dotted name says, and the name it has there."""
     path, _, attribute = name.rpartition(".")
     return model.get_submodule(path), attribute
+
+
+def _whole(loaded: Tensor, like: Tensor) -> Tensor:
+    """What a process loads where there is but one."""
+    return loaded
 
 
 def _name_of(dtype) -> str | None:

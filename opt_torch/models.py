@@ -149,8 +149,14 @@ class OPTForCausalLM(GenerationMixin, OPTPreTrainedModel):
         if not _is_plain(self.lm_head):
             logits_BTV = self.logits(hidden_BTE)
             return losses.cross_entropy(logits_BTV, targets_BT), logits_BTV if keep_logits else None
-        rows = hidden_BTE.flatten(0, 1), self.lm_head.weight, targets_BT.flatten()
-        loss, logits_RV = linear_cross_entropy(*rows, keep_logits)
+        hidden_RE, weight_VE, part = hidden_BTE.flatten(0, 1), self.lm_head.weight, None
+        if self.mesh is not None:
+            from opt_torch.sharding import vocabulary_part
+
+            hidden_RE, weight_VE, part = vocabulary_part(hidden_RE, weight_VE)
+        loss, logits_RV = linear_cross_entropy(hidden_RE, weight_VE, targets_BT.flatten(), keep_logits, part)
+        if part is not None and logits_RV is not None:
+            logits_RV = part.whole(logits_RV)
         return loss, None if logits_RV is None else logits_RV.view(*targets_BT.shape, -1)
 
 
@@ -278,6 +284,5 @@ class OPTForQuestionAnswering(OPTPreTrainedModel):
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether the weight of this linear module says all: an adapter or a hook may compute more than `linear`."""
-    return type(module) is Linear and not (
-        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    )
+    hooks = max(len(module._forward_hooks), len(module._forward_pre_hooks))
+    return type(module) is Linear and hooks == module.sharding_hooks and "forward" not in vars(module)

@@ -12,6 +12,7 @@ from opt_core.errors import InputError
 from opt_core.lora import LoraConfig
 from opt_core.outputs import BaseModelOutput
 from opt_core.schema import kept_by_pruning, published_name, weights
+from opt_core.sharding import Mesh
 from opt_torch.attention import check_implementation
 from opt_torch.cache import Cache, init_cache
 from opt_torch.decoder import Decoder
@@ -34,6 +35,9 @@ class OPTPreTrainedModel(LoadingMixin, nn.Module):
         self.config = config
         self.attn_implementation = attn_implementation
         self.lora: LoraConfig | None = None
+        self.device_mesh = None  # PyTorch's, where `opt_torch.sharding` has cut the weights
+        self.mesh: Mesh | None = None  # the same for `opt_core.sharding`
+        self.head_parts = 1  # devices that share the heads of a layer
 
     @property
     def base_model(self) -> "OPTPreTrainedModel":
@@ -74,7 +78,8 @@ class OPTPreTrainedModel(LoadingMixin, nn.Module):
 
     def init_cache(self, batch_size: int, capacity: int) -> Cache:
         """An empty cache for `past_key_values`, for `batch_size` rows of up to `capacity` tokens."""
-        return init_cache(self.config, batch_size, capacity, dtype=self.dtype, device=self.device)
+        made_for = self.config, batch_size, capacity
+        return init_cache(*made_for, dtype=self.dtype, device=self.device, head_parts=self.head_parts)
 
     # -- embeddings ---------------------------------------------------------------------------------------------------
 
@@ -96,6 +101,7 @@ class OPTPreTrainedModel(LoadingMixin, nn.Module):
 
     def resize_token_embeddings(self, new_num_tokens: int, pad_to_multiple_of: int | None = None) -> Embedding:
         """Keeps the first rows of the word embeddings (and of an untied head); new rows start as in a new model."""
+        self._check_whole("resize_token_embeddings")
         if pad_to_multiple_of:
             new_num_tokens = -(-new_num_tokens // pad_to_multiple_of) * pad_to_multiple_of
         config = self.config.replace(vocab_size=new_num_tokens)
@@ -116,6 +122,7 @@ class OPTPreTrainedModel(LoadingMixin, nn.Module):
 
         An optimizer made before has the old parameter: make another.
         """
+        self._check_whole("resize_position_embeddings")
         config = self.config.replace(max_position_embeddings=new_num_position_embeddings)
         rows, decoder = new_num_position_embeddings + POSITION_OFFSET, self.base_model.decoder
         new = Embedding(rows, config.hidden_size, init_std=config.init_std)
@@ -130,8 +137,9 @@ class OPTPreTrainedModel(LoadingMixin, nn.Module):
 
         Raises:
             ConfigError: lists every layer or head that there is not, and every layer that would have no head left.
-            InputError: the model has adapters.
+            InputError: the model has adapters, or is sharded.
         """
+        self._check_whole("prune_heads")
         if self.lora is not None:
             raise InputError("prune_heads", ["model: expected one without adapters; merge_lora makes it one"])
         before, after = self.config, self.config.without_heads(heads_to_prune)
@@ -150,6 +158,12 @@ class OPTPreTrainedModel(LoadingMixin, nn.Module):
         kept = old.detach().index_select(axis, torch.tensor(index, device=old.device))
         setattr(owner, attribute, nn.Parameter(kept, requires_grad=old.requires_grad))
         owner.out_features, owner.in_features = owner.weight.shape
+
+    def _check_whole(self, what: str) -> None:
+        """Refuses a sharded model, in which the engines know every weight by its shape."""
+        if self.mesh is not None:
+            problem = f"model: expected one that is not sharded, got one over {self.mesh}; save it and load it whole"
+            raise InputError(what, [problem])
 
     def _set_config(self, config: OPTConfig) -> None:
         """From here on this is the config, and the one that the model was made with stays as it is."""
@@ -177,7 +191,7 @@ class OPTPreTrainedModel(LoadingMixin, nn.Module):
             attention_mask=known(as_tensor(attention_mask, self.device)),
             position_ids=known(as_index(position_ids, self.device)),
             inputs_embeds=known(as_tensor(inputs_embeds, self.device), values=False),
-            cache=known_cache(past_key_values),
+            cache=known_cache(past_key_values, self.head_parts),
             logits_to_keep=logits_to_keep,
             segment_ids=known(as_index(segment_ids, self.device)),
             use_cache=use_cache,
