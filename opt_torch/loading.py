@@ -133,7 +133,7 @@ class LoadingMixin:
             return write(self.weight)
         from opt_torch.sharding import write_from_first
 
-        write_from_first(self, write)
+        write_from_first(self.weight, write)
 
     def push_to_hub(self, repo_id: str, *, max_shard_size: int | str = "5GB", **options) -> str:
         """Saves to a temporary folder and uploads it; `options` as in `conversion.push_folder`. Returns the address.

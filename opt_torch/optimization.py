@@ -2,12 +2,17 @@
 
 Clipping is not the optimizer's in PyTorch: `torch.nn.utils.clip_grads_with_norm_` has the recipe's equation. The norm
 is computed here, since in float32 on a CPU PyTorch's own is too small: torch 2.13, 0.26 % for opt-125m's embedding.
+Parameters may be DTensors, of which each process changes its part.
 """
 
+import math
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from opt_core.optimization import TrainingRecipe, is_decayed
 
@@ -35,9 +40,15 @@ def make_optimizer(
 
 
 def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """The norm of all gradients together, in float32 at least; of rows first, then of their norms."""
-    norms = [torch.linalg.vector_norm(torch.linalg.vector_norm(g, dim=-1, dtype=_wide(g.dtype))) for g in gradients]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    """The norm of all gradients together, in float32 at least; of rows first, then of their norms.
+
+    Of DTensors all processes have to ask; each gets the same number.
+    """
+    norms: dict[DeviceMesh | None, list[Tensor]] = {}
+    for g in gradients:
+        mesh = g.device_mesh if isinstance(g, DTensor) else None
+        norms.setdefault(mesh, []).append(_norm_of_part(g) / math.sqrt(_holders(g)))
+    return torch.linalg.vector_norm(torch.stack([_norm_of_all(torch.stack(n), mesh) for mesh, n in norms.items()]))
 
 
 def name_of(name: str) -> str:
@@ -51,6 +62,26 @@ def _is_decayed(name: str, parameter: nn.Parameter) -> bool:
         return is_decayed(name_of(name))
     except ValueError:  # of a module that is not ours: matrices, as everywhere
         return parameter.ndim > 1
+
+
+def _norm_of_part(gradient: Tensor) -> Tensor:
+    part = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    return torch.linalg.vector_norm(torch.linalg.vector_norm(part, dim=-1, dtype=_wide(part.dtype)))
+
+
+def _holders(gradient: Tensor) -> int:
+    """How many processes have the same part: along an axis that does not cut it, all."""
+    if not isinstance(gradient, DTensor):
+        return 1
+    places = zip(gradient.device_mesh.shape, gradient.placements, strict=True)
+    return math.prod(size for size, placement in places if placement.is_replicate())
+
+
+def _norm_of_all(norms: Tensor, mesh: DeviceMesh | None) -> Tensor:
+    square = torch.linalg.vector_norm(norms).square()
+    for group in () if mesh is None else mesh.get_all_groups():
+        dist.all_reduce(square, group=group)
+    return square.sqrt()
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -289,10 +289,11 @@ def _fully_shard(model, mesh: DeviceMesh, dims: Mapping[str, int | None]) -> Non
 
 def own_slices(model) -> dict[str, tuple[slice, ...]]:
     """Of each stored weight the part that this process has."""
-    return {name: _slices(model.weight(name)) for name in shapes(model.config, model.task)}
+    return {name: slices_of(model.weight(name)) for name in shapes(model.config, model.task)}
 
 
-def _slices(parameter: Tensor) -> tuple[slice, ...]:
+def slices_of(parameter: Tensor) -> tuple[slice, ...]:
+    """The part that this process has."""
     if not isinstance(parameter, DTensor):
         return tuple(slice(0, length) for length in parameter.shape)
     where = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
@@ -312,10 +313,10 @@ def whole_tensor(x: Tensor) -> Tensor:
     return x.detach().full_tensor() if isinstance(x, DTensor) else x.detach()
 
 
-def write_from_first(model, write: Callable[[Callable[[str], Tensor]], None]) -> None:
-    """Calls `write` on process 0 with a function that gathers a weight by its name; the others help it, until it ends.
+def write_from_first(part: Callable[[str], Tensor], write: Callable[[Callable[[str], Tensor]], None]) -> None:
+    """Calls `write` on process 0 with a function that gathers a tensor by its name; the others help it, until it ends.
 
-    Every process must call this. At no time is more than one weight whole.
+    Every process must call this, with a function that gives its `part` of a tensor. At no time is more than one whole.
 
     Raises:
         Exception: whatever `write` raised, on every process.
@@ -323,13 +324,13 @@ def write_from_first(model, write: Callable[[Callable[[str], Tensor]], None]) ->
     if dist.get_rank() == 0:
         error = None
         try:
-            write(lambda name: whole_tensor(model.weight(_told(name))))
+            write(lambda name: whole_tensor(part(_told(name))))
         except Exception as raised:
             error = raised
         _told(error)
     else:
         while isinstance(error := _told(None), str):
-            whole_tensor(model.weight(error))
+            whole_tensor(part(error))
     if error is not None:
         raise error
 

@@ -1,13 +1,16 @@
 """Training steps, PyTorch: gradients, AdamW, and a state on disk with which any backend goes on.
 
-Batches are the business of `opt_core.batching`, the loop around the steps that of `opt_zoo.training_loop`.
+Batches are the business of `opt_core.batching`, the loop around the steps that of `opt_zoo.training_loop`. Of a sharded
+model (`opt_torch.sharding`) every process calls the same methods with the same batch, and gets the same numbers.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 
@@ -20,6 +23,8 @@ from opt_torch.inputs import as_tensor
 from opt_torch.loading import from_numpy, to_numpy
 from opt_torch.lora import load_adapter, save_adapter
 from opt_torch.optimization import gradient_norm, make_optimizer, name_of
+from opt_torch.processes import other_processes, part_of_batch, sum_of_parts, whole_rows
+from opt_torch.sharding import as_part, slices_of, write_from_first
 
 
 class Trainer:
@@ -28,8 +33,8 @@ class Trainer:
     Args:
         model: any of the three classes with a loss; with adapters (`opt_torch.lora`), these alone are trained.
         seed: of dropout and LayerDrop, which depend on it and the number of the step alone: a run that was interrupted
-            goes on as if it had not been.
-        accumulate: parts in which a batch is computed, one after another, to save memory.
+            goes on as if it had not been. Processes that have other rows of a batch lose other values.
+        accumulate: parts in which a batch, or what a process has of it, is computed, one after another, to save memory.
     """
 
     def __init__(self, model, recipe: TrainingRecipe | None = None, *, seed: int = 0, accumulate: int = 1):
@@ -37,6 +42,7 @@ class Trainer:
         self.seed, self.accumulate = seed, accumulate
         self.optimizer, _ = make_optimizer(model, self.recipe)  # without the schedule: `step_count` is all it knows
         self.parameters = {name_of(name): p for name, p in model.named_parameters() if p.requires_grad}
+        self.part, self.parts = part_of_batch(model)
         self.step_count = 0
         self.gradient_norm = math.nan
 
@@ -44,18 +50,19 @@ class Trainer:
         """Takes one step; returns the loss before it. `gradient_norm` is that of before clipping.
 
         Args:
-            batch: arguments of the model's call, with labels.
+            batch: arguments of the model's call, with labels; the whole batch on every process.
 
         Raises:
             InputError: lists what is wrong with the batch.
-            TrainingError: the loss or the gradient is not finite; weights and moments stay as they were.
+            TrainingError: the loss or the gradient is not finite; weights and moments stay as they were. Or another
+                process is gone, and with it this one's part of the weights.
         """
         self.model.train()
         self.optimizer.zero_grad()
-        loss = self._backward(batch)
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = gradient_norm(gradients)
-        self.gradient_norm = float(norm)
+        with self._others():
+            loss = self._backward(batch)
+            norm = gradient_norm(p.grad for p in self.parameters.values() if p.grad is not None)
+            self.gradient_norm = float(norm)
         if not math.isfinite(loss) or not math.isfinite(self.gradient_norm):
             problem = f"expected finite numbers, got a loss of {loss} and a gradient norm of {self.gradient_norm}"
             raise TrainingError(f"step {self.step_count}", [problem])
@@ -71,66 +78,124 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, batch: Mapping[str, np.ndarray]) -> float:
         """The loss of a batch, without dropout."""
-        return float(self.model.eval()(**batch, **self._options).loss)
+        ((part, share),) = self._parts(batch, 1)
+        with self._others():
+            return sum_of_parts(self.model, float(self.model.eval()(**part, **self._options).loss) * share)
 
     @torch.no_grad()
     def predict(self, batch: Mapping[str, np.ndarray]):
-        """The outputs for a batch, without dropout."""
-        return self.model.eval()(**batch, use_cache=False)
+        """The outputs for a batch, without dropout; on every process those of all rows."""
+        ((part, share),) = self._parts(batch, 1)
+        with self._others():
+            out = self.model.eval()(**part, use_cache=False)
+            loss = None if out.loss is None else out.loss.new_tensor(sum_of_parts(self.model, float(out.loss) * share))
+            rows = {name: whole_rows(self.model, x) for name, x in out._asdict().items() if name != "loss"}
+        return type(out)(loss=loss, **rows)
 
     def save(self, folder) -> None:
-        """Writes the weights (of a model with adapters, these alone) and the training state, for any backend."""
-        if self.model.lora is None:
-            self.model.save_pretrained(folder)
-        else:
-            save_adapter(self.model, folder)
-        moments = {name: Moments(*map(to_numpy, self._moments(p))) for name, p in self.parameters.items()}
-        write_training_state(folder, self.step_count, self.seed, self.recipe, moments)
+        """Writes the weights (of a model with adapters, these alone) and the training state, for any backend.
+
+        Every process has to call it; the first writes, and at no time is more than one tensor whole.
+        """
+        with self._others():
+            if self.model.lora is None:
+                self.model.save_pretrained(folder)
+            else:
+                save_adapter(self.model, folder)
+            self._save_state(folder)
 
     @torch.no_grad()
     def restore(self, folder) -> None:
         """Reads what `save` of any backend wrote: weights, moments, seed and number of steps are then as there.
+
+        Each process reads its own parts, of files that any number of processes wrote.
 
         Raises:
             CheckpointError: everything wrong with the files, or that is not of this model.
         """
         state = read_training_state(folder, {name: tuple(p.shape) for name, p in self.parameters.items()})
         if self.model.lora is None:
-            loaded = type(self.model).from_pretrained(folder, config=self.model.config, dtype=self.model.dtype)
+            options = dict(dtype=self.model.dtype, device_mesh=self.model.device_mesh)
+            loaded = type(self.model).from_pretrained(folder, config=self.model.config, **options)
             for mine, stored in zip(self.model.parameters(), loaded.parameters(), strict=True):
                 mine.copy_(stored)
         else:
             load_adapter(self.model, folder)
         for name, parameter in self.parameters.items():
-            for mine, stored in zip(self._moments(parameter), state.moments[name], strict=True):
-                mine.copy_(from_numpy(np.asarray(stored)))
+            stored = state.read_slice(name, slices_of(parameter))
+            for mine, array in zip(self._moments(parameter), stored, strict=True):
+                mine.copy_(as_part(from_numpy(array).to(mine.device), mine))
             self.optimizer.state[parameter]["step"].fill_(state.step)
         self.step_count, self.seed = state.step, state.seed
+
+    @property
+    def process_index(self) -> int:
+        """Which of the processes that train this model this is; 0 for one alone."""
+        return 0 if self.model.mesh is None else dist.get_rank()
+
+    def agree(self, number: int) -> int:
+        """The number that process 0 gave, on every process; all have to call it."""
+        if self.model.mesh is None:
+            return number
+        agreed = torch.tensor(number if self.process_index == 0 else 0, device=self.model.device)
+        with self._others():
+            dist.all_reduce(agreed)
+            return int(agreed)
+
+    def wait_for_all(self) -> None:
+        """Returns once every process has called it."""
+        self.agree(0)
+
+    def _others(self):
+        return other_processes(self.model, self.step_count)
 
     def _backward(self, batch: Mapping[str, np.ndarray]) -> float:
         """Leaves the gradients in the parameters; returns the loss."""
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         loss = 0.0
         with torch.random.fork_rng(devices):
-            for number, (part, share) in enumerate(self._parts(batch)):
-                torch.manual_seed(_mixed(self.seed, self.step_count, number))
+            for number, (part, share) in enumerate(self._parts(batch, self.accumulate)):
+                torch.manual_seed(_mixed(self.seed, self.step_count, number, self.part))
                 part_loss = self.model(**part, **self._options).loss * share
-                part_loss.backward()
+                (part_loss * self.parts).backward()  # the engine takes the mean over the processes
                 loss += float(part_loss.detach())
-        return loss
+        return sum_of_parts(self.model, loss)
 
-    def _parts(self, batch: Mapping[str, np.ndarray]) -> list[tuple[dict[str, Tensor], Tensor | float]]:
-        """The batch in parts, each with its share of the predictions that count."""
+    def _parts(
+        self, batch: Mapping[str, np.ndarray], accumulate: int
+    ) -> list[tuple[dict[str, Tensor], Tensor | float]]:
+        """The rows of this process in parts, each with its share of the predictions that count in the whole batch."""
         batch = {name: as_tensor(x, self.model.device) for name, x in batch.items()}
-        if self.accumulate == 1:
+        number = accumulate * self.parts
+        if number == 1:
             return [(batch, 1.0)]
         rows = {len(x) for x in batch.values()}
-        if any(number % self.accumulate for number in rows):
-            raise InputError("batch", [f"expected rows in {self.accumulate} equal parts (accumulate), got {max(rows)}"])
-        columns = (x.chunk(self.accumulate) for x in batch.values())
+        if any(count % number for count in rows):
+            of_what = "accumulate" if self.parts == 1 else f"accumulate x {self.parts} processes"
+            raise InputError("batch", [f"expected rows in {number} equal parts ({of_what}), got {max(rows)}"])
+        columns = (x.chunk(number) for x in batch.values())
         parts = [dict(zip(batch, part, strict=True)) for part in zip(*columns, strict=True)]
-        counts = torch.tensor([float(_predictions(part)) for part in parts])
-        return list(zip(parts, (counts / counts.sum().clamp(min=1)).tolist(), strict=True))
+        counts = torch.tensor([float(_predictions(part)) for part in parts], dtype=torch.float64)
+        shares = (counts / counts.sum().clamp(min=1)).tolist()
+        return list(zip(parts, shares, strict=True))[self.part * accumulate :][:accumulate]
+
+    def _save_state(self, folder) -> None:
+        def write(whole: Callable[[str], Tensor]) -> None:
+            moments = {
+                name: Moments(*(_Whole(f"{kind}.{name}", tuple(p.shape), whole) for kind in Moments._fields))
+                for name, p in self.parameters.items()
+            }
+            write_training_state(folder, self.step_count, self.seed, self.recipe, moments)
+
+        if self.model.mesh is None:
+            write(self._moment)
+        else:
+            write_from_first(self._moment, write)
+
+    def _moment(self, name: str) -> Tensor:
+        """That of a name as in the files, `exp_avg.decoder.layers.0.fc1.weight`."""
+        kind, _, parameter = name.partition(".")
+        return getattr(self._moments(self.parameters[parameter]), kind)
 
     def _moments(self, parameter: nn.Parameter) -> Moments:
         """Those of a parameter; zeros, which the optimizer goes on with, before its first step."""
@@ -144,6 +209,17 @@ class Trainer:
     def _options(self) -> dict[str, int]:
         """What spares the outputs that a step does not need."""
         return dict(use_cache=False, **({"logits_to_keep": 1} if self.model.task == "causal-lm" else {}))
+
+
+class _Whole(NamedTuple):
+    """A moment that is gathered when its array is asked for."""
+
+    name: str
+    shape: tuple[int, ...]
+    gather: Callable[[str], Tensor]
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return to_numpy(self.gather(self.name))
 
 
 def _mixed(*numbers: int) -> int:

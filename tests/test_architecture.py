@@ -37,6 +37,7 @@ ONLY_SOME_HAVE = {
     *("cudnn.py", "pallas_attention.py"),
     "saved_model.py",
     "sharding.py",
+    "processes.py",
     "cuda_graph.py",
     "compilation_cache.py",
 }

@@ -1,0 +1,114 @@
+"""Trains a model, whole or over two processes, and leaves what it got: the test does the first, this script the second.
+
+torchrun --nproc-per-node 2 train_sharded.py FOLDER    # with a checkpoint in FOLDER/model, a run in FOLDER/single
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+from harness import VARIANTS, mask_named, token_ids
+
+from opt_core import OPTConfig
+from opt_core.errors import InputError, TrainingError
+from opt_core.optimization import TrainingRecipe
+from opt_core.reference import IGNORED_LABEL
+from opt_core.schema import shapes
+from opt_torch import OPTForCausalLM
+from opt_torch.sharding import init_mesh, shard_model, whole_tensor
+from opt_torch.training import Trainer
+
+SIZES = dict(vocab_size=94, hidden_size=4 * 14, num_hidden_layers=2, ffn_dim=58, num_attention_heads=4, dropout=0.0)
+SIZES |= dict(max_position_embeddings=41)
+CONFIGS = {
+    "pre-norm": OPTConfig(**SIZES),
+    "350m style": OPTConfig(**SIZES | VARIANTS["350m style"] | dict(word_embed_proj_dim=22)),
+    "untied, without biases": OPTConfig(**SIZES, enable_bias=False, tie_word_embeddings=False),
+}
+MESHES = ("fsdp=2", "tensor=2")
+RECIPE = TrainingRecipe(learning_rate=0.01, warmup_steps=2, total_steps=9, max_gradient_norm=0.7)
+STEPS = 5
+DROPOUT = dict(dropout=0.3, layerdrop=0.2)
+
+
+def batch_of(step: int) -> dict[str, np.ndarray]:
+    """Four rows of which the first two predict far fewer tokens than the others: a mean of means is another number."""
+    ids = token_ids(CONFIGS["pre-norm"], seed=step)
+    labels = np.where(np.random.default_rng(step).random(ids.shape) < 0.3, IGNORED_LABEL, ids)
+    labels[:2, 3:] = IGNORED_LABEL
+    return dict(input_ids=ids, labels=labels, attention_mask=mask_named("holes"))
+
+
+def doubled(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([x, x]) for name, x in batch.items()}
+
+
+def model_of(folder: Path, variant: str = "pre-norm", mesh=None, double: bool = True, **changes) -> OPTForCausalLM:
+    model = OPTForCausalLM.from_pretrained(folder / "models" / variant, **changes)
+    model = model.double() if double else model
+    return model if mesh is None else shard_model(model, mesh)
+
+
+def steps_of(trainer: Trainer, begin: int, count: int) -> np.ndarray:
+    """The loss and the norm of each step."""
+    return np.array([(trainer.step(batch_of(step)), trainer.gradient_norm) for step in range(begin, begin + count)])
+
+
+def training(folder: Path, variant: str, mesh=None, **options) -> dict[str, np.ndarray]:
+    """Loss and norm of some steps, the weights after them, and what they compute then."""
+    model = model_of(folder, variant, mesh)
+    trainer = Trainer(model, RECIPE, **options)
+    found = {"steps": steps_of(trainer, 0, STEPS), "evaluated": np.float64(trainer.evaluate(batch_of(STEPS)))}
+    out = trainer.predict(batch_of(STEPS))
+    found |= {"predicted": out.logits.numpy(), "predicted loss": out.loss.numpy()}
+    return found | {name: whole_tensor(model.weight(name)).numpy() for name in shapes(model.config)}
+
+
+def dropping(folder: Path, mesh=None) -> dict[str, np.ndarray]:
+    """Losses with dropout: of a batch, and of one whose second half is its first again."""
+    trainers = [Trainer(model_of(folder, mesh=mesh, **DROPOUT), RECIPE, seed=5) for _ in range(2)]
+    return {"steps": steps_of(trainers[0], 0, 2), "doubled": np.float64(trainers[1].step(doubled(batch_of(0))))}
+
+
+def refusals(folder: Path, mesh) -> dict:
+    """The messages of errors that every process must raise."""
+    trainer, found = Trainer(model_of(folder, mesh=mesh), RECIPE), {}
+    parameter = trainer.parameters["decoder.layers.0.fc1.bias"]
+    before = whole_tensor(parameter)
+    for name, rows, error in (("rows", 3, InputError), ("not finite", 4, TrainingError)):
+        if name == "not finite" and os.environ["RANK"] == "1":
+            trainer.parameters["decoder.layers.1.fc1.weight"].data.to_local()[0] = np.nan
+        try:
+            trainer.step({name: x[:rows] for name, x in batch_of(0).items()})
+        except error as raised:
+            found[name] = str(raised)
+    return found | {"unchanged": bool((whole_tensor(parameter) == before).all()), "steps done": trainer.step_count}
+
+
+def saved_and_restored(folder: Path, text: str, mesh) -> dict[str, np.ndarray]:
+    """Steps after a checkpoint of its own, which the test goes on from, and after one of a single process."""
+    trainer = Trainer(model_of(folder, mesh=mesh, double=False), RECIPE, seed=3)
+    steps_of(trainer, 0, 2)
+    trainer.save(folder / text)
+    found = {"own": steps_of(trainer, 2, 2)}
+    trainer.restore(folder / "single")
+    return found | {"single": steps_of(trainer, 2, 2), "state": np.array([trainer.step_count, trainer.seed])}
+
+
+def main(folder: Path) -> None:
+    found: dict[str, np.ndarray] = {}
+    for text in MESHES:
+        mesh = init_mesh(text, "cpu")
+        cases = {variant: training(folder, variant, mesh) for variant in CONFIGS}
+        cases["in parts"] = training(folder, "pre-norm", mesh, accumulate=2)
+        cases["dropout"] = dropping(folder, mesh)
+        cases["saved"] = saved_and_restored(folder, text, mesh)
+        if text == "fsdp=2":
+            cases["refused"] = refusals(folder, mesh)
+        found |= {f"{text}/{case}/{name}": x for case, values in cases.items() for name, x in values.items()}
+    np.savez(folder / f"rank{os.environ['RANK']}.npz", **found)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
