@@ -23,17 +23,22 @@ class Result(NamedTuple):
 
 
 class Log:
-    """`log.jsonl`: what happened until `steps` steps were done stays, what came after is done again; None: all."""
+    """`log.jsonl`: what happened until `steps` steps were done stays, what came after is done again; None: all.
 
-    def __init__(self, path: Path, steps: int | None):
-        self._path = path
+    Of several processes one `writes`; the others know the same lines.
+    """
+
+    def __init__(self, path: Path, steps: int | None, *, writes: bool = True):
+        self._path, self._writes = path, writes
         self._lines = [] if steps is None else [line for line in read_log(path) if belongs(line, steps)]
-        write_whole(path, "".join(json.dumps(line) + "\n" for line in self._lines))
+        if writes:
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in self._lines))
 
     def write(self, **line: Any) -> dict[str, Any]:
         self._lines.append(line)
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        if self._writes:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
         return line
 
     @property

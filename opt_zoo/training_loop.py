@@ -5,6 +5,10 @@ is a checkpoint (weights, optimizer, step), `training.png` the curves. A process
 again with the same call, the run goes on from its newest whole checkpoint with the losses of an unbroken one. Whole is
 what has its name: a checkpoint is written beside it, brought to the disk, and renamed. Gradients are the Trainer's
 work, batches those of `opt_core.batching`.
+
+Several processes that train one model all call `train`, with the same arguments: the first of them writes whatever lies
+in the folder and decides where to go on, the others take part in steps, validation and the gathering of weights. So a
+run goes on with any number of processes.
 """
 
 import contextlib
@@ -24,11 +28,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from conversion.staging import sync_path
 from opt_core.batching import Batches
-from opt_core.errors import InputError, raise_if
+from opt_core.errors import InputError, TrainingError, raise_if
 from opt_zoo.training_log import LOG, PLOT, Log, Metrics, Result, spelled, write_plot, write_whole
 
 RUN = "run.json"
 _CHECKPOINT = re.compile(r"step-(\d{6,})")
+_NONE, _FAILED = -1, -2  # what processes tell each other in place of a number of steps
 
 
 class Trainer(Protocol):
@@ -38,6 +43,10 @@ class Trainer(Protocol):
     def step_count(self) -> int: ...
     @property
     def gradient_norm(self) -> float: ...
+    @property
+    def process_index(self) -> int: ...  # among those that train this model; 0 for one alone
+    def agree(self, number: int) -> int: ...  # the number that process 0 gave, on each of them
+    def wait_for_all(self) -> None: ...  # until each of them calls it
     def step(self, batch: dict[str, np.ndarray]) -> float: ...
     def save(self, folder: Path) -> Any: ...
     def restore(self, folder: Path) -> Any: ...
@@ -67,14 +76,15 @@ def train(
 
     Raises:
         InputError: the folder has a run that differs, each difference named; numbers below 1.
+        TrainingError: of several processes, another one failed or is gone.
     """
     counts = dict(steps=steps, validate_every=validate_every, save_every=save_every, keep=keep)
     problems = [f"{name}: expected at least 1, got {count}" for name, count in counts.items() if count < 1]
     raise_if(InputError, "train", problems)
-    folder, console = Path(folder), console or Console(stderr=True, highlight=False, emoji=False)
-    check_or_begin(folder, run_identity(trainer, batches, identity or {}))
-    resumed_from = resume(trainer, folder)
-    log, start = Log(folder / LOG, resumed_from), time.perf_counter()
+    folder, is_first = Path(folder), trainer.process_index == 0
+    console = console or Console(stderr=True, highlight=False, emoji=False, quiet=not is_first)
+    resumed_from = resume(trainer, folder, run_identity(trainer, batches, identity or {}))
+    log, start = Log(folder / LOG, resumed_from, writes=is_first), time.perf_counter()
 
     def validated() -> None:
         if validate is not None:
@@ -95,7 +105,9 @@ def train(
             if done % save_every == 0 or done == steps:
                 save(trainer, folder, keep)
     result = Result(log.losses, log.validations, time.perf_counter() - start, resumed_from)
-    write_plot(result, folder / PLOT)
+    if is_first:
+        write_plot(result, folder / PLOT)
+    trainer.wait_for_all()
     return result
 
 
@@ -165,15 +177,20 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in named if match)
 
 
-def resume(trainer: Trainer, folder: Path) -> int | None:
-    """Restores the newest checkpoint and returns its steps; None where there is none."""
-    for leftover in folder.glob("step-*.tmp"):
-        shutil.rmtree(leftover)
-    found = checkpoints(folder)
-    if not found:
+def resume(trainer: Trainer, folder: Path, identity: dict[str, Any]) -> int | None:
+    """Restores the newest checkpoint of this run and returns its steps; None where there is none."""
+
+    def newest() -> int:
+        check_or_begin(folder, identity)
+        for leftover in folder.glob("step-*.tmp"):
+            shutil.rmtree(leftover)
+        found = checkpoints(folder)
+        return found[-1][0] if found else _NONE
+
+    steps = by_the_first(trainer, newest)
+    if steps == _NONE:
         return None
-    steps, path = found[-1]
-    trainer.restore(path)
+    trainer.restore(path := checkpoint_path(folder, steps))
     if trainer.step_count != steps:
         raise InputError(str(path), [f"step: expected {steps}, as the folder is called, got {trainer.step_count}"])
     return steps
@@ -181,17 +198,43 @@ def resume(trainer: Trainer, folder: Path) -> int | None:
 
 def save(trainer: Trainer, folder: Path, keep: int) -> None:
     """Writes `step-NNNNNN`, which has its name only when all of it is on the disk; deletes all but `keep`."""
-    target = folder / f"step-{trainer.step_count:06d}"
+    target = checkpoint_path(folder, trainer.step_count)
     partial = target.with_name(f"{target.name}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
+
+    def publish() -> int:
+        for path in [*partial.rglob("*"), partial]:
+            sync_path(path)
+        os.rename(partial, target)
+        sync_path(folder)
+        for _, old in checkpoints(folder)[:-keep]:
+            os.rename(old, gone := old.with_name(f"{old.name}.tmp"))  # a half deleted one has no name of a whole one
+            shutil.rmtree(gone)
+        return 0
+
+    if trainer.process_index == 0:
+        shutil.rmtree(partial, ignore_errors=True)
     trainer.save(partial)
-    for path in [*partial.rglob("*"), partial]:
-        sync_path(path)
-    os.rename(partial, target)
-    sync_path(folder)
-    for _, old in checkpoints(folder)[:-keep]:
-        os.rename(old, gone := old.with_name(f"{old.name}.tmp"))  # a half deleted one has no name of a whole one
-        shutil.rmtree(gone)
+    by_the_first(trainer, publish)
+
+
+def checkpoint_path(folder: Path, steps: int) -> Path:
+    return folder / f"step-{steps:06d}"
+
+
+def by_the_first(trainer: Trainer, act: Callable[[], int]) -> int:
+    """What `act` returns on process 0, which alone calls it; no process goes on before, nor after an error there."""
+    number, error = 0, None
+    if trainer.process_index == 0:
+        try:
+            number = act()
+        except Exception as caught:
+            number, error = _FAILED, caught
+    agreed = trainer.agree(number)
+    if error is not None:
+        raise error
+    if agreed == _FAILED:
+        raise TrainingError(f"process {trainer.process_index}", ["process 0 failed, and says why"])
+    return agreed
 
 
 # -- the bar ---------------------------------------------------------------------------------------------------------

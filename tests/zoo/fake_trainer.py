@@ -15,7 +15,15 @@ from opt_zoo.training_loop import train
 
 
 class FakeTrainer:
-    """Each step moves the weights towards the mean of the batch, with noise from (seed, step)."""
+    """Each step moves the weights towards the mean of the batch, with noise from (seed, step). It is one process."""
+
+    process_index = 0
+
+    def agree(self, number: int) -> int:
+        return number
+
+    def wait_for_all(self) -> None:
+        pass
 
     def __init__(self, recipe: TrainingRecipe | None = None, seed: int = 0, pause: float = 0.0, start=None):
         self.recipe, self.seed, self.accumulate, self.pause = recipe or TrainingRecipe(), seed, 1, pause

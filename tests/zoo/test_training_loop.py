@@ -8,7 +8,9 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +19,10 @@ from fake_trainer import FakeTrainer, examples, run
 from rich.console import Console
 
 from opt_core.batching import Batches
-from opt_core.errors import InputError
+from opt_core.errors import InputError, TrainingError
 from opt_core.optimization import TrainingRecipe
 from opt_zoo.training_log import LOG, PLOT, summary
-from opt_zoo.training_loop import RUN, checkpoints, real_tokens
+from opt_zoo.training_loop import RUN, checkpoints, real_tokens, train
 
 ROOT = Path(__file__).parents[2]
 STEPS = 31
@@ -209,6 +211,84 @@ def test_the_bar_tells_loss_and_speed_on_a_terminal_and_lines_tell_validations_a
     run(folder, 12, console=plain)
     assert plain.file.getvalue().startswith("going on after step 7\nstep 10: distance")
     assert "tokens/s" not in plain.file.getvalue()
+
+
+class OneOfTwo(FakeTrainer):
+    """One of two threads that stand for processes; both must call `agree` and `save`, or the barrier breaks."""
+
+    def __init__(self, index: int, barrier: threading.Barrier, said: dict[int, int]):
+        super().__init__(TrainingRecipe(learning_rate=0.1))
+        self.process_index, self._barrier, self._said = index, barrier, said
+
+    def agree(self, number: int) -> int:
+        self._said[self.process_index] = number
+        self._barrier.wait()
+        agreed = self._said[0]
+        self._barrier.wait()
+        return agreed
+
+    def wait_for_all(self) -> None:
+        self._barrier.wait()
+
+    def save(self, folder) -> None:
+        if self.process_index == 0:
+            super().save(folder)
+        self._barrier.wait()
+
+
+def run_as_two(folder: Path, steps: int, **options) -> list:
+    """What `train` returned or raised on each of two processes."""
+    barrier, said = threading.Barrier(2, timeout=20), {}
+
+    def run_one(index: int):
+        trainer = OneOfTwo(index, barrier, said)
+        validate = lambda: {"distance": np.abs(trainer.weights).sum()}  # noqa: E731
+        usual = dict(validate=validate, validate_every=5, save_every=3)
+        try:
+            return train(trainer, Batches(examples(), 3), steps, folder, **{**usual, **options})
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(run_one, (0, 1)))
+
+
+def test_of_several_processes_one_writes_and_all_know_the_same(folder, unbroken, capfd):
+    run_as_two(folder, 8)
+    for result in run_as_two(folder, STEPS):
+        assert result.losses == unbroken[0].losses
+        assert result.resumed_from == 8
+    lines = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(STEPS))
+    assert capfd.readouterr().err.count("going on after step 8") == 1
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_the_first_process_alone_looks_for_the_newest_checkpoint(folder, monkeypatch):
+    """Another one may not see it yet, or see one that came since."""
+    looked: set[int] = set()
+
+    def looking(folder: Path):
+        looked.add(threading.get_ident())
+        return checkpoints(folder)
+
+    run_as_two(folder, 4)
+    with monkeypatch.context() as patched:
+        patched.setattr("opt_zoo.training_loop.checkpoints", looking)
+        assert [result.resumed_from for result in run_as_two(folder, 9)] == [4, 4]
+    assert len(looked) == 1
+
+
+def test_an_error_of_the_first_process_ends_the_others(folder, monkeypatch):
+    run_as_two(folder, 3)
+    mine, theirs = run_as_two(folder, 9, identity={"model": "another"})
+    assert isinstance(mine, InputError)
+    assert isinstance(theirs, TrainingError)
+    assert "process 0 failed" in str(theirs)
+    monkeypatch.setattr("opt_zoo.training_loop.sync_path", lambda path: (_ for _ in ()).throw(OSError("disk full")))
+    mine, theirs = run_as_two(folder, 9)
+    assert "disk full" in str(mine)
+    assert "process 0 failed" in str(theirs)
 
 
 def test_real_tokens_are_those_of_the_mask():
