@@ -14,7 +14,7 @@ from opt_flax.attention import Attention, LayerCache
 from opt_flax.cache import Cache, GrowingCache, grow
 from opt_flax.layers import ACTIVATION_FUNCTIONS, Dropout, Embedding, LayerNorm, Linear
 from opt_flax.packing import Packing, first_columns, make_packing, pack, unpack, unpack_attentions
-from opt_flax.sharding import Placement, on_rows
+from opt_flax.sharding import Placement, on_rows, pin_weights
 
 
 class DecoderLayer(nnx.Module):
@@ -254,6 +254,7 @@ def _position_rows(position_ids, packing, lengths_B, first_BT, shape: tuple[int,
 def _compiled_layer(graphdef, output_attentions: bool, recomputes: bool, policy, *arrays):
     def call(rngs, weights, x_BTD, past, lengths_B, first_BT, head_mask_N):
         layer = nnx.merge(graphdef, rngs, weights)
+        pin_weights(layer.self_attn.placement, layer)
         outputs = layer(x_BTD, past, lengths_B, output_attentions, first_BT, head_mask_N)
         return outputs, nnx.state(layer, nnx.RngState)
 

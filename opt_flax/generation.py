@@ -22,7 +22,7 @@ from opt_core.searching import search, stream
 from opt_flax.cache import Cache, as_bits, from_bits, with_capacity
 from opt_flax.inputs import known
 from opt_flax.packing import pool_last_token
-from opt_flax.sharding import on_host
+from opt_flax.sharding import gathered_anew, on_host
 from opt_flax.stepping import ModelStepper
 
 
@@ -190,7 +190,8 @@ def _decode(
 
     def step(carry):
         tokens_BS, count, token_B, ended_B, bits = carry
-        logits_BV, cache = model.decode_step(token_B, jax.tree.map(from_bits, bits, dtypes))
+        stepped, token_B = gathered_anew(model, token_B)
+        logits_BV, cache = stepped.decode_step(token_B, jax.tree.map(from_bits, bits, dtypes))
         token_B, ended_B = choose(logits_BV, ended_B)
         return tokens_BS.at[:, count].set(token_B), count + 1, token_B, ended_B, jax.tree.map(as_bits, cache)
 

@@ -171,7 +171,8 @@ class FlaxOPTForCausalLM(GenerationMixin, FlaxOPTPreTrainedModel):
         """The loss, and where they are kept the logits [B, T, V]."""
         weight_VE = self.get_output_embeddings().weight.get_value()
         rows = hidden_BTE.reshape(-1, hidden_BTE.shape[-1]), weight_VE, targets_BT.reshape(-1)
-        loss, logits_RV = linear_cross_entropy(*rows, keep_logits)
+        part = None if self.placement is None else self.placement.loss_part(len(targets_BT))
+        loss, logits_RV = linear_cross_entropy(*rows, keep_logits, part)
         return loss, None if logits_RV is None else logits_RV.reshape(*targets_BT.shape, -1)
 
 

@@ -21,8 +21,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError, raise_if
-from opt_core.schema import published_name, weights
+from opt_core.schema import SCHEMA, published_name, weights
 from opt_core.sharding import RULES, Mesh, Rules, batch_axes, computing_mesh, partition, spec_of
+from opt_flax.linear_cross_entropy import Part
+
+_OF_LAYER = "decoder.layers.{layer}."
+LAYER = {row.name.removeprefix(_OF_LAYER): row.dims for row in SCHEMA if row.name.startswith(_OF_LAYER)}
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,16 @@ class Placement:
         """Whether devices of other processes are among these."""
         return self.device_mesh.is_multi_process
 
+    @functools.cached_property
+    def gathers(self) -> bool:
+        """Whether weights are cut over axes of the batch, so that devices gather them to compute with them."""
+        cutting = {axis for _, axis in self.rules.weights}
+        return any(axis in cutting and self.mesh.size(axis) > 1 for axis in batch_axes(self.mesh, self.rules))
+
     def sharding(self, *axes: str | tuple[str, ...] | None) -> NamedSharding:
         """That of an array whose dimensions are cut over `axes`; with none, each device has all of it."""
+        while axes and axes[-1] is None:  # as compiled functions give them back: else the next call is compiled anew
+            axes = axes[:-1]
         return NamedSharding(self.device_mesh, PartitionSpec(*axes))
 
     def weight(self, dims: str) -> NamedSharding:
@@ -57,6 +69,11 @@ class Placement:
     def computing(self, letter: str) -> str | None:
         """The axis along which devices with the same rows compute with other parts of a dimension."""
         return spec_of(letter, computing_mesh(self.mesh, self.rules), self.rules)[0]
+
+    def loss_part(self, batch: int) -> Part:
+        """How the loss of so many rows is cut."""
+        rows, (_, width) = self.rows(batch), spec_of("VE", self.mesh, self.rules)
+        return Part(self.device_mesh, rows, self.computing("V"), width if width in (rows or ()) else None)
 
     def cache(self, batch: int) -> tuple[NamedSharding, NamedSharding]:
         """Those of keys and values [B, N, S, H], and of lengths [B]."""
@@ -150,6 +167,29 @@ def on_rows(placement: Placement | None, x: Array) -> Array:
     if placement is None:
         return x
     return lax.with_sharding_constraint(x, placement.sharding(placement.rows(len(x))))
+
+
+def pin_weights(placement: Placement | None, layer: nnx.Module) -> None:
+    """Says of the weights of a layer where they lie, and so of their gradients, in what is being compiled.
+
+    XLA would sum the gradients of a weight that is gathered on every device as a whole, and leave them so.
+    """
+    for path, node in nnx.iter_graph(layer) if placement is not None else ():
+        if dims := LAYER.get(".".join(map(str, path))):
+            node.set_value(lax.with_sharding_constraint(node.get_value(), placement.weight(dims)))
+
+
+def gathered_anew(model, x: Array) -> tuple[nnx.Module, Array]:
+    """The same, in a loop that changes `x`: weights that devices gather are gathered in each round, and freed.
+
+    XLA would gather all of them before the loop (jax 0.10), which is what they were cut to avoid.
+    """
+    placement = model.placement
+    if placement is None or not placement.gathers:
+        return model, x
+    graphdef, weights, rest = nnx.split(model, nnx.Param, ...)
+    weights, x = lax.optimization_barrier((weights, x))
+    return nnx.merge(graphdef, weights, rest), x
 
 
 def by_heads(placement: Placement | None, function: Callable, *arrays: Array | None) -> Array:
