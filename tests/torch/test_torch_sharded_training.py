@@ -1,12 +1,16 @@
 """Training of a model that is cut over processes: the numbers of one process, on any mesh; killed, and resumed."""
 
 import importlib.util
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from harness import BOUND, ROUNDOFF, save_random
-from processes import run_processes
+from processes import run_processes, started_processes
+
+from opt_zoo.training_log import LOG
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
@@ -17,7 +21,7 @@ WORKERS = Path(__file__).parent / "workers"
 def worker(name: str):
     """The script as a module: what it does in several processes is done here in one."""
     spec = importlib.util.spec_from_file_location(name, WORKERS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -94,3 +98,58 @@ def test_what_is_wrong_on_one_process_is_an_error_on_all(found):
     assert "step 0: expected finite numbers, got a loss of nan" in str(refused["not finite"])
     assert refused["unchanged"]
     assert refused["steps done"] == 0
+
+
+# -- killed -----------------------------------------------------------------------------------------------------------
+
+killed = worker("train_until_killed")
+
+
+@pytest.fixture(scope="module")
+def unbroken(folder):
+    """The run of one process that nobody kills."""
+    return killed.run(folder, folder / "unbroken")
+
+
+def kill(folder: Path, target: Path, mesh: str, rank: int) -> str:
+    """Starts a run over two processes, kills one amidst it, and returns what the other says before it stops."""
+    with started_processes(WORKERS / "train_until_killed.py", 2, folder, target, mesh) as job:
+        while steps_in(target) < 5 and None in [process.poll() for process in job.processes]:
+            time.sleep(0.02)
+        job.kill(rank)
+        begin = time.monotonic()
+        left = job.wait(timeout=60)[1 - rank]
+        assert left.returncode == killed.LOST, job.report()
+        assert time.monotonic() - begin < 20
+    return left.stderr
+
+
+def steps_in(target: Path) -> int:
+    log = target / LOG
+    return log.read_text().count("gradient_norm") if log.exists() else 0
+
+
+def check_same_run(got, want):
+    """All losses and validations, before and after the kill."""
+    np.testing.assert_allclose(got.losses, want.losses, rtol=FLOAT32)
+    assert [steps for steps, _ in got.validations] == [steps for steps, _ in want.validations]
+    for (_, mine), (_, theirs) in zip(got.validations, want.validations, strict=True):
+        assert mine == pytest.approx(theirs, rel=FLOAT32)
+
+
+def test_a_process_that_is_killed_stops_the_other_and_one_alone_goes_on(folder, unbroken, tmp_path):
+    said = kill(folder, tmp_path / "run", "fsdp=2", rank=1)
+    assert "another process is gone; started again, with any number of processes, a run resumes" in said
+    resumed = killed.run(folder, tmp_path / "run")
+    assert resumed.resumed_from in (4, 6)
+    check_same_run(resumed, unbroken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mesh", "rank", "then"), [("fsdp=2", 0, "tensor=2"), ("tensor=2", 1, "fsdp=2")])
+def test_a_killed_run_goes_on_with_processes_along_another_axis(folder, unbroken, tmp_path, mesh, rank, then):
+    kill(folder, tmp_path / "run", mesh, rank)
+    done = run_processes(WORKERS / "train_until_killed.py", 2, folder, tmp_path / "run", then)
+    assert "going on after step" in done[0].stderr
+    assert done[1].stderr == ""
+    check_same_run(killed.run(folder, tmp_path / "run"), unbroken)
