@@ -49,8 +49,9 @@ def add_lora(model, lora: LoraConfig, seed: int = 0) -> None:
     alone; they are float32 at least.
 
     Raises:
-        InputError: the model has adapters.
+        InputError: the model has adapters, or is sharded.
     """
+    model.check_whole("add_lora")
     if model.lora is not None:
         raise InputError("add_lora", ["model: expected one without adapters; merge_lora makes it one"])
     model.requires_grad_(False)

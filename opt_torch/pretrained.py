@@ -101,7 +101,7 @@ class OPTPreTrainedModel(LoadingMixin, nn.Module):
 
     def resize_token_embeddings(self, new_num_tokens: int, pad_to_multiple_of: int | None = None) -> Embedding:
         """Keeps the first rows of the word embeddings (and of an untied head); new rows start as in a new model."""
-        self._check_whole("resize_token_embeddings")
+        self.check_whole("resize_token_embeddings")
         if pad_to_multiple_of:
             new_num_tokens = -(-new_num_tokens // pad_to_multiple_of) * pad_to_multiple_of
         config = self.config.replace(vocab_size=new_num_tokens)
@@ -122,7 +122,7 @@ class OPTPreTrainedModel(LoadingMixin, nn.Module):
 
         An optimizer made before has the old parameter: make another.
         """
-        self._check_whole("resize_position_embeddings")
+        self.check_whole("resize_position_embeddings")
         config = self.config.replace(max_position_embeddings=new_num_position_embeddings)
         rows, decoder = new_num_position_embeddings + POSITION_OFFSET, self.base_model.decoder
         new = Embedding(rows, config.hidden_size, init_std=config.init_std)
@@ -139,7 +139,7 @@ class OPTPreTrainedModel(LoadingMixin, nn.Module):
             ConfigError: lists every layer or head that there is not, and every layer that would have no head left.
             InputError: the model has adapters, or is sharded.
         """
-        self._check_whole("prune_heads")
+        self.check_whole("prune_heads")
         if self.lora is not None:
             raise InputError("prune_heads", ["model: expected one without adapters; merge_lora makes it one"])
         before, after = self.config, self.config.without_heads(heads_to_prune)
@@ -159,7 +159,7 @@ class OPTPreTrainedModel(LoadingMixin, nn.Module):
         setattr(owner, attribute, nn.Parameter(kept, requires_grad=old.requires_grad))
         owner.out_features, owner.in_features = owner.weight.shape
 
-    def _check_whole(self, what: str) -> None:
+    def check_whole(self, what: str) -> None:
         """Refuses a sharded model, in which the engines know every weight by its shape."""
         if self.mesh is not None:
             problem = f"model: expected one that is not sharded, got one over {self.mesh}; save it and load it whole"

@@ -367,6 +367,8 @@ def agreed_request(plan: Callable[[], GenerationRequest], *, is_seeded: bool) ->
     others = [str(rank) for rank, (digest, _, _) in enumerate(all_of_them) if digest != all_of_them[0][0]]
     problem = f"arguments: expected the same on all processes, got others than process 0 on {', '.join(others)}"
     raise_if(InputError, "generate", [problem] if others else [])
+    if request.settings.max_time is not None:
+        raise InputError("generate", ["max_time: expected None, the clocks of several processes differ"])
     return request._replace(seeds=all_of_them[0][1])
 
 
