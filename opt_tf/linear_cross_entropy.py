@@ -66,6 +66,7 @@ def _by_rows(
     """The sum of the losses, and its gradients as far as they are wanted, each in float32 at least."""
     R, E = dims(hidden_RE)
     J = -(-R // ROWS)
+    J = tf.maximum(J, 1) if tf.is_tensor(J) else max(J, 1)  # a replica may have no row of a batch
     C = -(-R // J)
     weight_VE = tf.cast(weight_VE, hidden_RE.dtype)
     wide = tf.float64 if hidden_RE.dtype == tf.float64 else tf.float32

@@ -3,11 +3,13 @@
 That of a language model is `linear_cross_entropy`; here are its targets.
 """
 
+from collections.abc import Mapping
+
 import tensorflow as tf
 from tensorflow import Tensor
 
 from opt_core.reference import IGNORED_LABEL
-from opt_tf.layers import at_least_float32
+from opt_tf.layers import at_least_float32, dims
 
 
 def causal_lm_targets(
@@ -24,6 +26,14 @@ def causal_lm_targets(
         same_BT = tf.pad(segment_ids[:, 1:] == segment_ids[:, :-1], [[0, 0], [0, 1]])
         targets_BT = tf.where(same_BT, targets_BT, IGNORED_LABEL)
     return targets_BT
+
+
+def counted_predictions(batch: Mapping[str, Tensor], task: str) -> Tensor | int:
+    """How many targets of a language model count; of another task, the rows."""
+    if task != "causal-lm" or batch.get("labels") is None:
+        return dims(next(iter(batch.values())))[0]
+    targets_BT = causal_lm_targets(batch["labels"], batch.get("attention_mask"), batch.get("segment_ids"))
+    return tf.math.count_nonzero(targets_BT != IGNORED_LABEL)
 
 
 def classification_loss(logits_BK: Tensor, labels: Tensor, problem_type: str) -> Tensor:

@@ -5,14 +5,16 @@ biases and norms as well. The rest is its own: `compile`, `fit`, callbacks, savi
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import keras
 import tensorflow as tf
 from tensorflow import Tensor
 
+from opt_core.errors import InputError, raise_if
 from opt_core.optimization import CLIPPING_EPSILON, TrainingRecipe, is_decayed
 from opt_tf.layers import at_least_float32
+from opt_tf.replicas import sum_over_replicas
 
 
 def make_optimizer(model, recipe: TrainingRecipe) -> "AdamW":
@@ -20,8 +22,9 @@ def make_optimizer(model, recipe: TrainingRecipe) -> "AdamW":
 
     It changes `model.trainable_variables`. Moments have the dtypes of the parameters.
     """
-    optimizer = AdamW(recipe)
-    optimizer.build(model.trainable_variables)
+    with model.distribute_strategy.scope():
+        optimizer = AdamW(recipe)
+        optimizer.build(model.trainable_variables)
     return optimizer
 
 
@@ -57,8 +60,16 @@ class AdamW(keras.optimizers.AdamW):
 
     def build(self, variables: list[keras.Variable]) -> None:
         if not self.built:
+            raise_if(InputError, "AdamW", self._replica_problems(variables))
             self.exclude_from_weight_decay([v for v in variables if not _is_decayed(v)])
             super().build(variables)
+
+    def _replica_problems(self, variables: list[keras.Variable]) -> Iterator[str]:
+        strategies = {getattr(v.value, "distribute_strategy", self._distribution_strategy) for v in variables}
+        if strategies - {self._distribution_strategy}:
+            yield "optimizer: expected one made in the scope of the strategy in whose scope the model was made"
+        if self.gradient_accumulation_steps and self._distribution_strategy.num_replicas_in_sync > 1:
+            yield "gradient_accumulation_steps: expected None under a strategy of several replicas (Keras 3.15)"
 
     def update_step(self, gradient: Tensor, variable: tf.Variable, learning_rate) -> tf.Operation | None:
         """What one parameter is changed by after its decay, in float32 at least: `opt_core.optimization.adamw_step`."""
@@ -111,10 +122,14 @@ class AdamW(keras.optimizers.AdamW):
 
     def _clip_gradients(self, gradients: list) -> list[Tensor]:
         gradients = [tf.convert_to_tensor(g) for g in gradients]  # rows of an embedding become the whole of it
+        gradients = sum_over_replicas(gradients)  # Keras 3.15 would add them up after it has clipped each
         if self.recipe.max_gradient_norm is None:
             return gradients
         factor = clipping_factor(self.recipe, gradient_norm(gradients))
         return [g * tf.cast(factor, g.dtype) for g in gradients]
+
+    def _all_reduce_sum_gradients(self, grads_and_vars: list) -> list:
+        return grads_and_vars  # `_clip_gradients` has
 
     def _apply_weight_decay(self, variables: list) -> None:
         for variable in variables:

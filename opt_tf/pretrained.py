@@ -21,6 +21,8 @@ from opt_tf.inputs import as_index, as_tensor, known, known_cache
 from opt_tf.layers import Embedding, Linear
 from opt_tf.loading import LoadingMixin, name_of, owner_of
 from opt_tf.lora import add_lora
+from opt_tf.losses import counted_predictions
+from opt_tf.replicas import seed_of_replica, share_loss
 
 
 class TFOPTPreTrainedModel(LoadingMixin, keras.Model):
@@ -278,7 +280,7 @@ class TFOPTPreTrainedModel(LoadingMixin, keras.Model):
 
     def next_seed(self) -> Tensor:
         """Another seed [2] int32 with each call; `seed_generator.state` [2] decides which, and counts the calls."""
-        return tf.cast(self.seed_generator.next() % tf.int32.max, tf.int32)
+        return seed_of_replica(tf.cast(self.seed_generator.next() % tf.int32.max, tf.int32))
 
     def current_mask(self, attention_mask, tokens: int | Tensor) -> Tensor | None:
         """The columns of a mask that belong to the tokens of this call."""
@@ -292,11 +294,25 @@ class TFOPTPreTrainedModel(LoadingMixin, keras.Model):
         self.compiled_search = self.compiled_steps = None
         self.train_function = self.test_function = self.predict_function = None
 
+    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        """Before Keras trains or evaluates: under a strategy it makes what metrics need, by the shapes of a batch."""
+        strategy = self.distribute_strategy
+        if strategy.num_replicas_in_sync == 1:
+            return super()._maybe_symbolic_build(iterator, data_batch)
+        if self.jit_compile:
+            text = "expected False or 'auto' under a strategy of several replicas, which XLA does not reach"
+            raise InputError("compile", [f"jit_compile: {text}"])
+        if iterator is not None:  # Keras 3.15 would average the batches of all replicas, which may differ in rows
+            _, _, batches = next(iter(iterator))
+            data_batch = tf.nest.map_structure(lambda x: strategy.experimental_local_results(x)[0], next(batches))
+        with strategy.scope():
+            self._symbolic_build(data_batch=data_batch)
+
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """The model's own loss where it computed one, else that of `compile`."""
+        """The model's own loss where it computed one, over the rows of all replicas, else that of `compile`."""
         if getattr(y_pred, "loss", None) is None:
             return super().compute_loss(x, y, _predictions(y_pred), sample_weight, training)
-        return y_pred.loss
+        return share_loss(y_pred.loss, counted_predictions(x, self.task))
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None) -> dict:
         return super().compute_metrics(x, y, _predictions(y_pred), sample_weight)

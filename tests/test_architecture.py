@@ -29,7 +29,7 @@ OWN_FRAMEWORK = {
 LAZY_IMPORTS = {"opt_core/batch_encoding.py", "opt_zoo/backends.py"}
 # What a framework needs and the others do not: attention with O(S) memory, which PyTorch has built in; kernels of
 # PyTorch and around it; kernels of JAX and cuDNN; TensorFlow's own format of a program with its weights; a model cut
-# over devices, which TensorFlow has no engine for; a switch for a framework's own cache of programs.
+# over devices, or with a copy on each; a switch for a framework's own cache of programs.
 ONLY_SOME_HAVE = {
     "blockwise.py",
     "rowwise.py",
@@ -38,6 +38,7 @@ ONLY_SOME_HAVE = {
     "saved_model.py",
     "sharding.py",
     "processes.py",
+    "replicas.py",
     "cuda_graph.py",
     "compilation_cache.py",
 }

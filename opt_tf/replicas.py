@@ -1,0 +1,44 @@
+"""Data parallel over the replicas of a `tf.distribute` strategy, TensorFlow: what they must agree on.
+
+TensorFlow copies the weights, deals out rows and runs the replicas. Keras adds up the gradients, but takes each
+replica's mean for the loss, however many targets it has, and clips each replica's gradients before it adds them. With
+what is here, a step is that of one device with all rows. Strategies of one process alone (MirroredStrategy).
+"""
+
+import tensorflow as tf
+from tensorflow import Tensor
+
+
+def replicas() -> int:
+    """How many there are where this runs; 1 outside of what a strategy runs."""
+    context = tf.distribute.get_replica_context()
+    return 1 if context is None else context.num_replicas_in_sync
+
+
+def sum_over_replicas(tensors: list[Tensor]) -> list[Tensor]:
+    """The same tensors of all replicas, added up on each of them; no gradient flows back."""
+    if replicas() == 1:
+        return tensors
+    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, tensors)
+
+
+def share_loss(mean: Tensor, count: Tensor) -> Tensor:
+    """This replica's part of the mean over all that the replicas count; `mean` is that of its own `count`.
+
+    Gradients of the parts add up to that of the whole mean. The value is the whole mean over the number of replicas, on
+    each of them, which Keras' trackers multiply with it.
+    """
+    if replicas() == 1:
+        return mean
+    (total,) = sum_over_replicas([tf.cast(count, mean.dtype)])
+    part = mean * tf.cast(count, mean.dtype) / tf.maximum(total, 1)
+    (whole,) = sum_over_replicas([tf.stop_gradient(part)])
+    return part + tf.stop_gradient(whole / replicas() - part)
+
+
+def seed_of_replica(seed: Tensor) -> Tensor:
+    """Another seed [2] on every replica, whose rows would else lose the same values."""
+    if replicas() == 1:
+        return seed
+    number = tf.distribute.get_replica_context().replica_id_in_sync_group
+    return tf.random.experimental.stateless_fold_in(seed, number)
