@@ -125,8 +125,7 @@ class Trainer:
             stored = state.read_slice(name, slices_of(parameter))
             for mine, array in zip(self._moments(parameter), stored, strict=True):
                 mine.copy_(as_part(from_numpy(array).to(mine.device), mine))
-            self.optimizer.state[parameter]["step"].fill_(state.step)
-        self.step_count, self.seed = state.step, state.seed
+        self.go_on_at(state.step, state.seed)
 
     @property
     def process_index(self) -> int:
@@ -145,6 +144,17 @@ class Trainer:
     def wait_for_all(self) -> None:
         """Returns once every process has called it."""
         self.agree(0)
+
+    def moments(self) -> dict[str, Moments]:
+        """Of every parameter, this process' parts of them; zeros before the first step."""
+        return {name: self._moments(parameter) for name, parameter in self.parameters.items()}
+
+    def go_on_at(self, step: int, seed: int) -> None:
+        """Makes `step` the number of steps done, for weights and moments that are set from outside."""
+        self.step_count, self.seed = step, seed
+        for parameter in self.parameters.values():
+            self._moments(parameter)
+            self.optimizer.state[parameter]["step"].fill_(step)
 
     def _others(self):
         return other_processes(self.model, self.step_count)

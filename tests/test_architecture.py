@@ -159,6 +159,7 @@ FRAMEWORK_ONLY = {
         "GenerationMixin.feed",
         *("Part", "Part.total"),
         *("LoraLinear", "LoraLinear.forward", "LoraLinear.merged"),
+        *("Trainer.moments", "Trainer.go_on_at"),
     },
     "opt_tf": set(),
     "opt_flax": set(),

@@ -10,6 +10,7 @@ import pytest
 from harness import BOUND, ROUNDOFF, save_random
 from processes import run_processes, started_processes
 
+from opt_torch.distributed_checkpoint import restore_distributed, save_distributed
 from opt_zoo.training_log import LOG
 
 torch = pytest.importorskip("torch")
@@ -40,6 +41,7 @@ def folder(tmp_path_factory) -> Path:
     trainer = trains.Trainer(trains.model_of(folder, double=False), trains.RECIPE, seed=3)
     trains.steps_of(trainer, 0, 2)
     trainer.save(folder / "single")
+    save_distributed(trainer, folder / "parts" / "single")
     run_processes(WORKERS / "train_sharded.py", 2, folder)
     return folder
 
@@ -90,6 +92,21 @@ def test_a_run_goes_on_with_another_number_of_processes(folder, found, mesh):
         trainer.restore(folder / checkpoint)
         np.testing.assert_allclose(got, trains.steps_of(trainer, 2, 2), rtol=FLOAT32, err_msg=checkpoint)
         assert saved["state"].tolist() == [trainer.step_count, trainer.seed] == [4, 3]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_checkpoints_of_parts_are_read_on_any_mesh(folder, found, mesh):
+    """Of one process, of two along `fsdp` and of two along `tensor`: each is read by the others."""
+    got = of_case(found, mesh, "distributed")
+    trainer = trains.Trainer(trains.model_of(folder, double=False), trains.RECIPE)
+    restore_distributed(trainer, folder / "parts" / mesh)
+    want = trains.steps_of(trainer, 2, 2)
+    for source in ("own", "single", MESHES[0]):
+        np.testing.assert_allclose(got[source], want, rtol=FLOAT32, err_msg=source)
+    assert got["state"].tolist() == [trainer.step_count, trainer.seed] == [4, 3]
+    shards = [path.stat().st_size for path in (folder / "parts" / mesh).glob("*.safetensors")]
+    assert len(shards) == 2
+    assert max(shards) < 1.25 * min(shards)
 
 
 def test_what_is_wrong_on_one_process_is_an_error_on_all(found):

@@ -16,6 +16,7 @@ from opt_core.optimization import TrainingRecipe
 from opt_core.reference import IGNORED_LABEL
 from opt_core.schema import shapes
 from opt_torch import OPTForCausalLM
+from opt_torch.distributed_checkpoint import restore_distributed, save_distributed
 from opt_torch.sharding import init_mesh, shard_model, whole_tensor
 from opt_torch.training import Trainer
 
@@ -96,6 +97,19 @@ def saved_and_restored(folder: Path, text: str, mesh) -> dict[str, np.ndarray]:
     return found | {"single": steps_of(trainer, 2, 2), "state": np.array([trainer.step_count, trainer.seed])}
 
 
+def distributed(folder: Path, text: str, mesh) -> dict[str, np.ndarray]:
+    """Steps after a checkpoint of parts: of its own, of the mesh before, and of a single process."""
+    trainer = Trainer(model_of(folder, mesh=mesh, double=False), RECIPE, seed=3)
+    steps_of(trainer, 0, 2)
+    save_distributed(trainer, folder / "parts" / text)
+    found = {"own": steps_of(trainer, 2, 2)}
+    for source in ("single", MESHES[0]):
+        trainer = Trainer(model_of(folder, mesh=mesh, double=False), RECIPE)
+        restore_distributed(trainer, folder / "parts" / source)
+        found[source] = steps_of(trainer, 2, 2)
+    return found | {"state": np.array([trainer.step_count, trainer.seed])}
+
+
 def main(folder: Path) -> None:
     found: dict[str, np.ndarray] = {}
     for text in MESHES:
@@ -104,6 +118,7 @@ def main(folder: Path) -> None:
         cases["in parts"] = training(folder, "pre-norm", mesh, accumulate=2)
         cases["dropout"] = dropping(folder, mesh)
         cases["saved"] = saved_and_restored(folder, text, mesh)
+        cases["distributed"] = distributed(folder, text, mesh)
         if text == "fsdp=2":
             cases["refused"] = refusals(folder, mesh)
         found |= {f"{text}/{case}/{name}": x for case, values in cases.items() for name, x in values.items()}
