@@ -39,6 +39,7 @@ ONLY_SOME_HAVE = {
     "sharding.py",
     "processes.py",
     "replicas.py",
+    "distributed_checkpoint.py",
     "cuda_graph.py",
     "compilation_cache.py",
 }
