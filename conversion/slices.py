@@ -38,7 +38,7 @@ def read_slice(checkpoint: "Checkpoint", name: str, index: Sequence[slice]) -> n
         start += piece.shape[dim]
         if low < high:
             part = piece[*index[:dim], low:high, *index[dim + 1 :]]
-            checkpoint.bytes_read += (piece if _map_of(piece) is None else part).nbytes
+            checkpoint.bytes_read += (piece if map_of(piece) is None else part).nbytes
             parts.append(read_view(part))
     return parts[0] if len(parts) == 1 else np.concatenate(parts, dim)
 
@@ -51,7 +51,7 @@ def read_view(view: np.ndarray) -> np.ndarray:
     Raises:
         CheckpointError: as `read_slice`.
     """
-    mapped = _map_of(view)
+    mapped = map_of(view)
     if mapped is None:
         return view.copy(order="C")
     if view.flags.c_contiguous and view.flags.aligned:
@@ -79,7 +79,7 @@ def _checked(name: str, index: Sequence[slice], shape: tuple[int, ...]) -> tuple
     return tuple(slice(*pair) for pair in ends)
 
 
-def _map_of(array) -> FileMap | None:
+def map_of(array) -> FileMap | None:
     """The map that a view lies on."""
     while array is not None and not isinstance(array, FileMap):
         array = array.obj if isinstance(array, memoryview) else getattr(array, "base", None)

@@ -110,11 +110,12 @@ class Decoder(nn.Module):
         slots = None if past is None else slots_behind(past.lengths, x_BTD.shape[1])
         segments = None if past is not None else self._segments(x_BTD, first_BT, packing)
         head_mask_LN = self.split_head_mask(head_mask)
+        device = x_BTD.device
         recomputes = self.gradient_checkpointing is not None and self.training and past is None and not use_cache
         inputs, presents, attentions = [], [], []
         for i, layer in enumerate(self.layers):
             if output_hidden_states:
-                inputs.append(x_BTD)
+                inputs.append(x_BTD.to(device))
             past_layer = None if past is None else (past.keys[i], past.values[i])
             given = past_layer, slots, output_attentions, first_BT, segments, head_mask_LN[i]
             if recomputes:
@@ -123,7 +124,8 @@ class Decoder(nn.Module):
                 y_BTD, present, weights_BNTS = layer(x_BTD, *given)
             x_BTD = self.drop_layer(x_BTD, y_BTD)
             presents.append(present if use_cache else None)
-            attentions.append(weights_BNTS)
+            attentions.append(None if weights_BNTS is None else weights_BNTS.to(device))
+        x_BTD = x_BTD.to(device)  # the last layer may have been on another one
         if self.final_layer_norm is not None:
             x_BTD = self.final_layer_norm(x_BTD)
         x_BTE = x_BTD if self.project_out is None else self.project_out(x_BTD)

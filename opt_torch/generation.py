@@ -120,7 +120,8 @@ class GenerationMixin:
         logits_BV, cache = self.prefill(plan.input_ids, plan.real, plan.capacity)
         ended_B = torch.zeros(len(logits_BV), dtype=torch.bool, device=self.device)
         step = self.decode_step
-        if _records_steps(self.device) and plan.max_new_tokens > 1 and self.device_mesh is None:
+        stays = self.device_mesh is None and self.offloaded is None  # where the weights are now
+        if stays and _records_steps(self.device) and plan.max_new_tokens > 1:
             step = recorded_step(self, cache)
             cache = step.cache
         tokens = []

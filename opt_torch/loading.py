@@ -35,6 +35,9 @@ class LoadingMixin:
         subfolder: str | None = None,
         device=None,
         device_mesh=None,
+        device_map=None,
+        max_memory=None,
+        offload_folder=None,
         output_loading_info: bool = False,
         **overrides,
     ):
@@ -46,6 +49,11 @@ class LoadingMixin:
             dtype: None for float32, "auto" for the stored one, or a torch dtype or its name. `torch_dtype` is an alias.
             device: where the parameters go; the CPU by default.
             device_mesh: of `opt_torch.sharding.init_mesh`; every process reads its own parts of the weights alone.
+            device_map: where each layer goes (`opt_torch.offloading`): "auto", "balanced", "balanced_low_0" or
+                "sequential"; one place for all; or a dict of modules to places. A place is a GPU's number, a device,
+                "cpu", or "disk", where the weights of a layer stay in the checkpoint until its turn comes.
+            max_memory: for the first four, place to bytes or "10GB": how much may be used of it.
+            offload_folder: for copies of weights "on disk" that would have to be converted whenever they are used.
             output_loading_info: also return which weights the checkpoint lacked or had in excess, and the bytes of
                 weights that this process has read.
             overrides: fields of the config, e.g. `num_labels=3`.
@@ -53,6 +61,14 @@ class LoadingMixin:
         Raises:
             ConfigError, CheckpointError, InputError: everything wrong with the files or arguments; nothing is loaded.
         """
+        given = dict(device=device, device_mesh=device_mesh, device_map=device_map)
+        given = [name for name, value in given.items() if value is not None]
+        if len(given) > 1:
+            raise InputError("from_pretrained", [f"expected one of {', '.join(given)}, got {len(given)}"])
+        if device_map is not None or max_memory is not None:
+            from opt_torch.offloading import check_places, load_placed
+
+            check_places(device_map, max_memory)
         pretrained = open_pretrained(
             source,
             cls.task,
@@ -66,10 +82,11 @@ class LoadingMixin:
             token=token,
             subfolder=subfolder,
         )
-        if device is not None and device_mesh is not None:
-            raise InputError("from_pretrained", ["device: expected none beside device_mesh, which has its own"])
-        device = device_mesh.device_type if device_mesh is not None else device or "cpu"
-        model = cls._from_checkpoint(pretrained, attn_implementation, device, device_mesh)
+        if device_map is not None:
+            model = load_placed(cls, pretrained, attn_implementation, device_map, max_memory, offload_folder)
+        else:
+            device = device_mesh.device_type if device_mesh is not None else device or "cpu"
+            model = cls._from_checkpoint(pretrained, attn_implementation, device, device_mesh)
         if pretrained.generation_config is not None:
             model.generation_config = pretrained.generation_config
         info = {"missing_keys": list(pretrained.new), "unexpected_keys": list(pretrained.unused)}
@@ -129,6 +146,8 @@ class LoadingMixin:
             if getattr(self, "generation_config", None) is not None:
                 self.generation_config.save_pretrained(folder)
 
+        if self.offloaded is not None:
+            self.offloaded.check_target(folder)
         if self.mesh is None:
             return write(self.weight)
         from opt_torch.sharding import write_from_first
@@ -151,7 +170,8 @@ class LoadingMixin:
     def weight(self, name: str) -> Tensor:
         """The parameter of a canonical name, e.g. `decoder.layers.0.fc1.weight`; of a sharded model a DTensor."""
         owner, attribute = owner_of(self, published_name(name, self.task))
-        return getattr(owner, attribute)
+        weight = getattr(owner, attribute)
+        return self.offloaded[published_name(name, self.task)] if weight.is_meta and self.offloaded else weight
 
 
 def accept_published_names(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:

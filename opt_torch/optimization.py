@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from opt_core.errors import InputError
 from opt_core.optimization import TrainingRecipe, is_decayed
 
 
@@ -24,11 +25,17 @@ def make_optimizer(
 
     It changes what requires a gradient, in two groups: what is decayed, and what is not. Moments have the dtypes of the
     parameters. Call `step` of both after each `backward` and clipping.
+
+    Raises:
+        InputError: nothing in the model requires a gradient.
     """
     groups = {recipe.weight_decay: [], 0.0: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups[recipe.weight_decay if _is_decayed(name, parameter) else 0.0].append(parameter)
+    if not any(groups.values()):
+        remedy = "one whose weights wait on the CPU or on disk (device_map) has none"
+        raise InputError("make_optimizer", [f"model: expected parameters that require a gradient; {remedy}"])
     optimizer = torch.optim.AdamW(
         [dict(params=parameters, weight_decay=decay) for decay, parameters in groups.items() if parameters],
         lr=1.0,  # the schedule multiplies it with the rate of the step

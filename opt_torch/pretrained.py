@@ -25,6 +25,7 @@ class OPTPreTrainedModel(LoadingMixin, nn.Module):
     """What the four classes share. `task` is the name that the weight schema gives to the class."""
 
     task: ClassVar[str]
+    _no_split_modules: ClassVar[list[str]] = ["DecoderLayer"]  # accelerate asks: each is to be on one device
     accepts_loss_kwargs: ClassVar[bool] = False  # asked by transformers' Trainer: it is not to send num_items_in_batch
 
     def __init__(self, config: OPTConfig, *, attn_implementation: str = "sdpa"):
@@ -38,6 +39,8 @@ class OPTPreTrainedModel(LoadingMixin, nn.Module):
         self.device_mesh = None  # PyTorch's, where `opt_torch.sharding` has cut the weights
         self.mesh: Mesh | None = None  # the same for `opt_core.sharding`
         self.head_parts = 1  # devices that share the heads of a layer
+        self.hf_device_map: dict[str, int | str] | None = None  # module to place, where `device_map` was given
+        self.offloaded: Mapping[str, Tensor] | None = None  # the weights that accelerate brings when they are needed
 
     @property
     def base_model(self) -> "OPTPreTrainedModel":
@@ -49,7 +52,10 @@ class OPTPreTrainedModel(LoadingMixin, nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.get_input_embeddings().weight.device
+        """Where tokens go; of weights that are brought there when they are needed, where that is."""
+        embeddings = self.get_input_embeddings()
+        hook = getattr(embeddings, "_hf_hook", None) if embeddings.weight.is_meta else None
+        return embeddings.weight.device if hook is None else torch.device(hook.execution_device)
 
     def set_attn_implementation(self, attn_implementation: str) -> None:
         check_implementation(attn_implementation, self.config)
@@ -74,7 +80,10 @@ class OPTPreTrainedModel(LoadingMixin, nn.Module):
 
     def num_parameters(self, only_trainable: bool = False) -> int:
         """The number of parameters, a tied head counted once."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+        parameters = dict(self.named_parameters())
+        if self.config.tie_word_embeddings:
+            parameters.pop("lm_head.weight", None)  # which is another than the embeddings where accelerate brings both
+        return sum(p.numel() for p in parameters.values() if p.requires_grad or not only_trainable)
 
     def init_cache(self, batch_size: int, capacity: int) -> Cache:
         """An empty cache for `past_key_values`, for `batch_size` rows of up to `capacity` tokens."""
@@ -160,10 +169,12 @@ class OPTPreTrainedModel(LoadingMixin, nn.Module):
         owner.out_features, owner.in_features = owner.weight.shape
 
     def check_whole(self, what: str) -> None:
-        """Refuses a sharded model, in which the engines know every weight by its shape."""
+        """Refuses a model that is sharded or spread over devices: others know its weights and modules by now."""
         if self.mesh is not None:
             problem = f"model: expected one that is not sharded, got one over {self.mesh}; save it and load it whole"
             raise InputError(what, [problem])
+        if self.offloaded is not None:
+            raise InputError(what, ["model: expected one on one device; load it without device_map"])
 
     def _set_config(self, config: OPTConfig) -> None:
         """From here on this is the config, and the one that the model was made with stays as it is."""

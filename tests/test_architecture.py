@@ -29,7 +29,8 @@ OWN_FRAMEWORK = {
 LAZY_IMPORTS = {"opt_core/batch_encoding.py", "opt_zoo/backends.py"}
 # What a framework needs and the others do not: attention with O(S) memory, which PyTorch has built in; kernels of
 # PyTorch and around it; kernels of JAX and cuDNN; TensorFlow's own format of a program with its weights; a model cut
-# over devices, or with a copy on each; a switch for a framework's own cache of programs.
+# over devices, or with a copy on each; layers that wait in other memories, through PyTorch's accelerate; a
+# switch for a framework's own cache of programs.
 ONLY_SOME_HAVE = {
     "blockwise.py",
     "rowwise.py",
@@ -37,6 +38,7 @@ ONLY_SOME_HAVE = {
     *("cudnn.py", "pallas_attention.py"),
     "saved_model.py",
     "sharding.py",
+    "offloading.py",
     "processes.py",
     "replicas.py",
     "distributed_checkpoint.py",
@@ -158,6 +160,7 @@ FRAMEWORK_ONLY = {
         "slots_behind",
         "GenerationMixin.prepare_inputs_for_generation",
         "GenerationMixin.feed",
+        "OPTPreTrainedModel.check_whole",
         *("Part", "Part.total"),
         *("LoraLinear", "LoraLinear.forward", "LoraLinear.merged"),
         *("Trainer.moments", "Trainer.go_on_at"),
