@@ -3,21 +3,24 @@
     python examples/train_causal_lm.py --backend torch                                   # a small OPT, from scratch
     python examples/train_causal_lm.py --backend flax --from opt-tiny --rate 3e-4        # fine-tuning
     python examples/train_causal_lm.py --backend tf --train my.jsonl --validation held-out.jsonl
+    torchrun --nproc-per-node 4 examples/train_causal_lm.py --backend torch --mesh fsdp=2,tensor=2
 
 Texts are packed into rows without padding, and those that share a row do not see each other. The perplexity on held-out
-texts is measured before, during and after. Stopped, even killed, and started again with the same command, it goes on.
-The result is in FOLDER/model, for `from_pretrained` of all three.
+texts is measured before, during and after. Stopped, even killed, and started again with the same command, it goes on,
+also with another mesh and number of processes. The result is in FOLDER/model, for `from_pretrained` of all three.
 """
 
 import argparse
 import math
 
+import numpy as np
 from shakespeare_data import parts_of_text, texts
 from training_arguments import parse_arguments, training_parser
 
 from opt_core import OPTConfig, OPTTokenizer
 from opt_core.batching import Batches, PackedDocuments, count_targets
 from opt_core.optimization import TrainingRecipe
+from opt_core.reference import IGNORED_LABEL
 from opt_core.text_sources import read_texts
 from opt_zoo.backends import load_backend
 from opt_zoo.embedded import embedded_folder
@@ -41,7 +44,12 @@ def main() -> None:
     backend = load_backend(args.backend)
     model_class = backend.model_class("causal-lm")
     new = OPTConfig(vocab_size=len(tokenizer), **SCRATCH)
-    model = model_class.from_pretrained(source) if source else model_class(new)
+    if args.mesh:
+        mesh = backend.part("sharding").init_mesh(args.mesh)
+        cut = backend.part("sharding").shard_model
+        model = model_class.from_pretrained(source, device_mesh=mesh) if source else cut(model_class(new), mesh)
+    else:
+        model = model_class.from_pretrained(source) if source else model_class(new)
     recipe = TrainingRecipe(args.rate, warmup_steps=args.steps // 10, total_steps=args.steps)
     trainer = backend.part("training").Trainer(model, recipe, seed=args.seed)
 
@@ -51,15 +59,25 @@ def main() -> None:
         identity={"from": args.source},
     )  # fmt: skip
     model.save_pretrained(args.folder / "model")
-    tokenizer.save_pretrained(args.folder / "model")
-    print(summary(result, "perplexity"))
+    if trainer.process_index == 0:
+        tokenizer.save_pretrained(args.folder / "model")
+        print(summary(result, "perplexity"))
 
 
 def perplexity(trainer, batches: Batches) -> dict[str, float]:
     """exp of the mean loss of all tokens that are predicted."""
     counts = [count_targets(batch) for batch in batches]
-    losses = [trainer.evaluate(batch) * count for batch, count in zip(batches, counts, strict=True)]
+    whole = [filled(batch, batches.batch_size) for batch in batches]
+    losses = [trainer.evaluate(batch) * count for batch, count in zip(whole, counts, strict=True)]
     return {"perplexity": math.exp(sum(losses) / sum(counts))}
+
+
+def filled(batch: dict[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
+    """The last batch with as many rows as the others, which devices share; those that are added predict nothing."""
+    more = rows - len(batch["labels"])
+    added = {name: np.repeat(x[-1:], more, axis=0) for name, x in batch.items()}
+    added["labels"] = np.full_like(added["labels"], IGNORED_LABEL)
+    return {name: np.concatenate([x, added[name]]) for name, x in batch.items()}
 
 
 def options() -> argparse.Namespace:
@@ -67,7 +85,11 @@ def options() -> argparse.Namespace:
     common = dict(folder="causal-lm", steps=400, batch_size=8, rate=2e-3, files=files, source=None)
     parser = training_parser(__doc__, **common)
     parser.add_argument("--length", type=int, default=256, help="tokens of a row")
-    return parse_arguments(parser)
+    parser.add_argument("--mesh", help="several devices, such as fsdp=2,tensor=2, under torchrun (torch, flax)")
+    args = parse_arguments(parser)
+    if args.mesh and args.backend == "tf":
+        parser.error("--mesh: expected --backend torch or flax")
+    return args
 
 
 if __name__ == "__main__":

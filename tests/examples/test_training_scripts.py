@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import run_processes
 
 from opt_core import OPTConfig, OPTTokenizer
 from opt_core.text_sources import read_questions, read_rows
@@ -141,6 +142,22 @@ def check_killed(backend, files, tmp_path):
         assert ("going on after step 2" in done.stderr) == (folder == killed), done.stderr
     assert len(losses_of(killed)) == 7
     assert losses_of(killed) == losses_of(unbroken)
+
+
+@pytest.mark.slow
+def test_a_script_trains_over_two_processes_as_in_one(files, tmp_path):
+    """And goes on with one what it began with two."""
+    arguments = ["--backend", "torch", *files["causal_lm"], "--from", "opt-tiny", "--batch-size", "2", "--every", "2"]
+    over_two, alone = ([*arguments, "--folder", tmp_path / name] for name in ("two", "one"))
+    script = EXAMPLES / "train_causal_lm.py"
+    first, second = run_processes(script, 2, *over_two, "--steps", "4", "--mesh", "fsdp=2", timeout=300)
+    assert first.stdout.strip().endswith(" in 4 steps.")
+    assert "step 4: perplexity" in first.stderr
+    assert (second.stdout, second.stderr) == ("", "")
+    run_processes(script, 1, *alone, "--steps", "4", timeout=300)
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
+    with_tensor = [*over_two, "--steps", "4", "--mesh", "tensor=2"]
+    assert "going on after step 4" in run_processes(script, 2, *with_tensor, timeout=300)[0].stderr
 
 
 def test_a_folder_of_another_run_is_refused(first_backend, script, files, tmp_path):

@@ -28,22 +28,26 @@ def worker(name: str):
 
 
 trains = worker("train_sharded")
-MESHES = trains.MESHES
+MESHES = ("fsdp=2", "tensor=2")
+OF_FOUR = ("fsdp=2,tensor=2", "data=2,fsdp=2", "data=2,tensor=2", "data=4")
 FLOAT32 = BOUND["float32"] * ROUNDOFF["float32"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """With models, a run of one process, and what two processes left."""
-    folder = tmp_path_factory.mktemp("sharded")
+def trained_over(folder: Path, meshes: tuple[str, ...], processes: int) -> Path:
+    """Makes models and a run of one process, and has several leave what they get."""
     for variant, config in trains.CONFIGS.items():
         save_random(folder / "models" / variant, config)
     trainer = trains.Trainer(trains.model_of(folder, double=False), trains.RECIPE, seed=3)
     trains.steps_of(trainer, 0, 2)
     trainer.save(folder / "single")
     save_distributed(trainer, folder / "parts" / "single")
-    run_processes(WORKERS / "train_sharded.py", 2, folder)
+    run_processes(WORKERS / "train_sharded.py", processes, folder, *meshes, timeout=300)
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return trained_over(tmp_path_factory.mktemp("two"), MESHES, 2)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +63,10 @@ def of_case(found: dict[str, np.ndarray], mesh: str, case: str) -> dict[str, np.
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("case", [*trains.CONFIGS, "in parts"])
 def test_steps_over_two_processes_are_those_of_one(folder, found, mesh, case):
+    check_steps(folder, found, mesh, case)
+
+
+def check_steps(folder, found, mesh, case):
     """In float64: losses and norms, an evaluation, the logits of a prediction, and every weight after five steps."""
     variant, accumulate = ("pre-norm", 2) if case == "in parts" else (case, 1)
     got, want = of_case(found, mesh, case), trains.training(folder, variant, accumulate=accumulate)
@@ -69,7 +77,10 @@ def test_steps_over_two_processes_are_those_of_one(folder, found, mesh, case):
 
 
 def test_every_process_has_the_same_numbers(folder, found):
-    other = np.load(folder / "rank1.npz")
+    check_same(found, np.load(folder / "rank1.npz"))
+
+
+def check_same(found, other):
     assert other.keys() == found.keys()
     for name, x in found.items():
         np.testing.assert_array_equal(other[name], x, err_msg=name)
@@ -86,6 +97,10 @@ def test_processes_with_the_same_rows_drop_the_same_values_and_others_do_not(fol
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_run_goes_on_with_another_number_of_processes(folder, found, mesh):
     """From two to one, and from one to two: weights, moments, step and seed."""
+    check_resumed(folder, found, mesh)
+
+
+def check_resumed(folder, found, mesh):
     trainer = trains.Trainer(trains.model_of(folder, double=False), trains.RECIPE)
     saved = of_case(found, mesh, "saved")
     for checkpoint, got in ((mesh, saved["own"]), ("single", saved["single"])):
@@ -97,24 +112,41 @@ def test_a_run_goes_on_with_another_number_of_processes(folder, found, mesh):
 @pytest.mark.parametrize("mesh", MESHES)
 def test_checkpoints_of_parts_are_read_on_any_mesh(folder, found, mesh):
     """Of one process, of two along `fsdp` and of two along `tensor`: each is read by the others."""
-    got = of_case(found, mesh, "distributed")
-    trainer = trains.Trainer(trains.model_of(folder, double=False), trains.RECIPE)
-    restore_distributed(trainer, folder / "parts" / mesh)
-    want = trains.steps_of(trainer, 2, 2)
-    for source in ("own", "single", MESHES[0]):
-        np.testing.assert_allclose(got[source], want, rtol=FLOAT32, err_msg=source)
-    assert got["state"].tolist() == [trainer.step_count, trainer.seed] == [4, 3]
+    check_parts(folder, found, mesh, MESHES[0])
     shards = [path.stat().st_size for path in (folder / "parts" / mesh).glob("*.safetensors")]
     assert len(shards) == 2
     assert max(shards) < 1.25 * min(shards)
 
 
+def check_parts(folder, found, mesh, first):
+    got = of_case(found, mesh, "distributed")
+    trainer = trains.Trainer(trains.model_of(folder, double=False), trains.RECIPE)
+    restore_distributed(trainer, folder / "parts" / mesh)
+    want = trains.steps_of(trainer, 2, 2)
+    for source in ("own", "single", first):
+        np.testing.assert_allclose(got[source], want, rtol=FLOAT32, err_msg=source)
+    assert got["state"].tolist() == [trainer.step_count, trainer.seed] == [4, 3]
+
+
 def test_what_is_wrong_on_one_process_is_an_error_on_all(found):
     refused = of_case(found, "fsdp=2", "refused")
-    assert "expected rows in 2 equal parts (accumulate x 2 processes), got 3" in str(refused["rows"])
+    assert "expected rows in 2 equal parts (accumulate x 2 processes), got 7" in str(refused["rows"])
     assert "step 0: expected finite numbers, got a loss of nan" in str(refused["not finite"])
     assert refused["unchanged"]
     assert refused["steps done"] == 0
+
+
+@pytest.mark.slow
+def test_all_this_holds_for_four_processes_along_two_axes(tmp_path):
+    folder = trained_over(tmp_path, OF_FOUR, 4)
+    found = dict(np.load(folder / "rank0.npz"))
+    for rank in (1, 2, 3):
+        check_same(found, np.load(folder / f"rank{rank}.npz"))
+    for mesh in OF_FOUR:
+        for case in [*trains.CONFIGS, "in parts"]:
+            check_steps(folder, found, mesh, case)
+        check_resumed(folder, found, mesh)
+        check_parts(folder, found, mesh, OF_FOUR[0])
 
 
 # -- killed -----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ torchrun --nproc-per-node 2 train_sharded.py FOLDER    # with a checkpoint in FO
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,18 +28,17 @@ CONFIGS = {
     "350m style": OPTConfig(**SIZES | VARIANTS["350m style"] | dict(word_embed_proj_dim=22)),
     "untied, without biases": OPTConfig(**SIZES, enable_bias=False, tie_word_embeddings=False),
 }
-MESHES = ("fsdp=2", "tensor=2")
 RECIPE = TrainingRecipe(learning_rate=0.01, warmup_steps=2, total_steps=9, max_gradient_norm=0.7)
 STEPS = 5
 DROPOUT = dict(dropout=0.3, layerdrop=0.2)
 
 
 def batch_of(step: int) -> dict[str, np.ndarray]:
-    """Four rows of which the first two predict far fewer tokens than the others: a mean of means is another number."""
-    ids = token_ids(CONFIGS["pre-norm"], seed=step)
+    """Eight rows, the first four of which predict far fewer tokens: a mean of means is another number."""
+    ids = token_ids(CONFIGS["pre-norm"], 8, seed=step)
     labels = np.where(np.random.default_rng(step).random(ids.shape) < 0.3, IGNORED_LABEL, ids)
-    labels[:2, 3:] = IGNORED_LABEL
-    return dict(input_ids=ids, labels=labels, attention_mask=mask_named("holes"))
+    labels[:4, 3:] = IGNORED_LABEL
+    return dict(input_ids=ids, labels=labels, attention_mask=np.concatenate([mask_named("holes"), mask_named("left")]))
 
 
 def doubled(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -77,7 +77,7 @@ def refusals(folder: Path, mesh) -> dict:
     trainer, found = Trainer(model_of(folder, mesh=mesh), RECIPE), {}
     parameter = trainer.parameters["decoder.layers.0.fc1.bias"]
     before = whole_tensor(parameter)
-    for name, rows, error in (("rows", 3, InputError), ("not finite", 4, TrainingError)):
+    for name, rows, error in (("rows", 7, InputError), ("not finite", 8, TrainingError)):
         if name == "not finite" and os.environ["RANK"] == "1":
             trainer.parameters["decoder.layers.1.fc1.weight"].data.to_local()[0] = np.nan
         try:
@@ -97,33 +97,33 @@ def saved_and_restored(folder: Path, text: str, mesh) -> dict[str, np.ndarray]:
     return found | {"single": steps_of(trainer, 2, 2), "state": np.array([trainer.step_count, trainer.seed])}
 
 
-def distributed(folder: Path, text: str, mesh) -> dict[str, np.ndarray]:
-    """Steps after a checkpoint of parts: of its own, of the mesh before, and of a single process."""
+def distributed(folder: Path, text: str, mesh, first: str) -> dict[str, np.ndarray]:
+    """Steps after a checkpoint of parts: of its own, of a single process, and of the first mesh."""
     trainer = Trainer(model_of(folder, mesh=mesh, double=False), RECIPE, seed=3)
     steps_of(trainer, 0, 2)
     save_distributed(trainer, folder / "parts" / text)
     found = {"own": steps_of(trainer, 2, 2)}
-    for source in ("single", MESHES[0]):
+    for source in ("single", first):
         trainer = Trainer(model_of(folder, mesh=mesh, double=False), RECIPE)
         restore_distributed(trainer, folder / "parts" / source)
         found[source] = steps_of(trainer, 2, 2)
     return found | {"state": np.array([trainer.step_count, trainer.seed])}
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, meshes: Sequence[str]) -> None:
     found: dict[str, np.ndarray] = {}
-    for text in MESHES:
+    for text in meshes:
         mesh = init_mesh(text, "cpu")
         cases = {variant: training(folder, variant, mesh) for variant in CONFIGS}
         cases["in parts"] = training(folder, "pre-norm", mesh, accumulate=2)
         cases["dropout"] = dropping(folder, mesh)
         cases["saved"] = saved_and_restored(folder, text, mesh)
-        cases["distributed"] = distributed(folder, text, mesh)
-        if text == "fsdp=2":
+        cases["distributed"] = distributed(folder, text, mesh, meshes[0])
+        if text == "fsdp=2":  # rows of which each process has its own
             cases["refused"] = refusals(folder, mesh)
         found |= {f"{text}/{case}/{name}": x for case, values in cases.items() for name, x in values.items()}
     np.savez(folder / f"rank{os.environ['RANK']}.npz", **found)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])
