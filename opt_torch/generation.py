@@ -111,7 +111,7 @@ class GenerationMixin:
 
         if self.device_mesh is None:
             return plan()
-        from opt_torch.sharding import agreed_request
+        from opt_torch.agreement import agreed_request
 
         return agreed_request(plan, is_seeded=options.get("seed") is not None or options.get("generator") is not None)
 

@@ -5,13 +5,12 @@ The engines are PyTorch's own: DTensor (`parallelize_module`) along the axis who
 columns of the feed-forward that the process has. With gloo on a CPU, nccl on CUDA.
 """
 
-import hashlib
 import os
+import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -30,7 +29,6 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from opt_core.errors import InputError, raise_if
-from opt_core.generation_request import GenerationRequest
 from opt_core.schema import shapes
 from opt_core.sharding import RULES, TENSOR_PARALLEL, Mesh, Rules, Spec, partition
 
@@ -135,8 +133,8 @@ def _batch_mesh(device_mesh: DeviceMesh, axes: Axes) -> DeviceMesh:
         return device_mesh[axes.sharding]
     if axes.sharding is not None:
         return device_mesh[axes.replicating, axes.sharding]
-    copies = device_mesh.size(device_mesh.mesh_dim_names.index(axes.replicating))
-    return device_mesh._unflatten(axes.replicating, (copies, 1), (axes.replicating, "whole"))[axes.replicating, "whole"]
+    names, place = (axes.replicating, "whole"), device_mesh.mesh_dim_names.index(axes.replicating)
+    return device_mesh._unflatten(place, (device_mesh.size(place), 1), names)[names]
 
 
 @torch.no_grad()
@@ -327,7 +325,7 @@ def write_from_first(part: Callable[[str], Tensor], write: Callable[[Callable[[s
             write(lambda name: whole_tensor(part(_told(name))))
         except Exception as raised:
             error = raised
-        _told(error)
+        _told(_sendable(error))
     else:
         while isinstance(error := _told(None), str):
             whole_tensor(part(error))
@@ -335,47 +333,17 @@ def write_from_first(part: Callable[[str], Tensor], write: Callable[[Callable[[s
         raise error
 
 
+def _sendable(error: Exception | None) -> Exception | None:
+    """The error, or one with its text where it is of a kind that cannot leave its process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"process 0: {error!r}")
+    return error
+
+
 def _told(message):
     """What process 0 says."""
     messages = [message]
     dist.broadcast_object_list(messages, src=0)
     return messages[0]
-
-
-# -- generation -------------------------------------------------------------------------------------------------------
-
-
-def agreed_request(plan: Callable[[], GenerationRequest], *, is_seeded: bool) -> GenerationRequest:
-    """The request that `plan` makes, if all processes make the same; a seed that nobody gave is that of process 0.
-
-    Raises:
-        Exception: what `plan` raised here.
-        InputError: it raised something on another process, or the requests differ.
-    """
-    request, error = None, None
-    try:
-        request = plan()
-    except Exception as raised:
-        error = raised
-    mine = (None, None, f"{error}") if error else (_digest(request, is_seeded), request.seeds, None)
-    all_of_them: list = [None] * dist.get_world_size()
-    dist.all_gather_object(all_of_them, mine)
-    if error is not None:
-        raise error
-    failed = [f"process {rank}: {text}" for rank, (_, _, text) in enumerate(all_of_them) if text is not None]
-    raise_if(InputError, "generate", failed)
-    others = [str(rank) for rank, (digest, _, _) in enumerate(all_of_them) if digest != all_of_them[0][0]]
-    problem = f"arguments: expected the same on all processes, got others than process 0 on {', '.join(others)}"
-    raise_if(InputError, "generate", [problem] if others else [])
-    if request.settings.max_time is not None:
-        raise InputError("generate", ["max_time: expected None, the clocks of several processes differ"])
-    return request._replace(seeds=all_of_them[0][1])
-
-
-def _digest(request: GenerationRequest, is_seeded: bool) -> str:
-    """Of the prompt and the options that have values; functions among them are the caller's business."""
-    plan = request.plan
-    arrays = [np.ascontiguousarray(x) for x in (plan.input_ids, plan.real)]
-    rest = repr((request.settings.to_dict(), request.strategy, plan.max_new_tokens, is_seeded and request.seeds))
-    content = b"".join(repr((x.shape, x.dtype)).encode() + x.tobytes() for x in arrays) + rest.encode()
-    return hashlib.sha256(content).hexdigest()

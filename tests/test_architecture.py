@@ -42,6 +42,7 @@ ONLY_SOME_HAVE = {
     "processes.py",
     "replicas.py",
     "distributed_checkpoint.py",
+    "agreement.py",
     "cuda_graph.py",
     "compilation_cache.py",
 }

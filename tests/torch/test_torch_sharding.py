@@ -29,11 +29,19 @@ def module_of(path: Path):
 
 
 worker = module_of(WORKER)
-MESHES = ("tensor=2", "fsdp=2")
-LARGE_MESHES = ("fsdp=2,tensor=2", "data=2,tensor=2", "data=2,fsdp=2", "fsdp=4", "tensor=2,fsdp=2")
-ALL_MESHES = [*MESHES, *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in LARGE_MESHES)]
-each_mesh = pytest.mark.parametrize("text", ALL_MESHES)
-each_variant = pytest.mark.parametrize("variant", worker.CONFIGS)
+SLOW = {2: (), 4: pytest.mark.slow}  # by the number of processes
+each_mesh = pytest.mark.parametrize(
+    "text", [pytest.param(text, marks=SLOW[n]) for n, texts in worker.MESHES.items() for text in texts]
+)
+each_case = pytest.mark.parametrize(
+    ("text", "variant"),
+    [
+        pytest.param(text, variant, marks=SLOW[n])
+        for n, texts in worker.MESHES.items()
+        for text in texts
+        for variant in worker.VARIANTS_ON[n]
+    ],
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +57,21 @@ def found(folder):
     """What the processes left, each of them; those of one number are started once, when first asked for."""
 
     @functools.cache
-    def of_all(texts: tuple[str, ...]) -> tuple[list[dict], list[dict]]:
-        processes = Mesh.parse(texts[0]).devices
-        run_processes(WORKER, processes, folder, *texts, timeout=300)
-        files = [folder / f"{'+'.join(texts)}.{rank}" for rank in range(processes)]
+    def left_by(processes: int) -> tuple[list[dict], list[dict]] | AssertionError:
+        try:
+            run_processes(WORKER, processes, folder, timeout=500)
+        except AssertionError as error:
+            return error  # once for all tests
+        files = [folder / f"{processes}.{rank}" for rank in range(processes)]
         arrays = [dict(np.load(f"{file}.npz")) for file in files]
         return arrays, [json.loads(Path(f"{file}.json").read_text()) for file in files]
 
     def of_case(text: str, case: str | None = None) -> list[dict]:
         """Of each process: arrays of a case by name, or the messages of what was refused."""
-        arrays, refused = of_all(MESHES if text in MESHES else LARGE_MESHES)
+        left = left_by(Mesh.parse(text).devices)
+        if isinstance(left, AssertionError):
+            raise left
+        arrays, refused = left
         if case is None:
             return [messages[text] for messages in refused]
         prefix = f"{text}/{case}/"
@@ -85,8 +98,7 @@ def whole(folder):
     return computed
 
 
-@each_mesh
-@each_variant
+@each_case
 def test_logits_are_within_the_bound_of_float64(found, text, variant):
     reference = reference_of(worker.CONFIGS[variant])
     inputs = {
@@ -100,8 +112,7 @@ def test_logits_are_within_the_bound_of_float64(found, text, variant):
             assert worst_row(arrays[name], logits) <= FLOAT32, name
 
 
-@each_mesh
-@each_variant
+@each_case
 def test_a_call_returns_what_one_process_returns(found, whole, text, variant):
     """All heads' attentions, hidden states, logits under a mask of heads, of documents, and behind a cache."""
     want = whole("outputs", variant)
@@ -111,8 +122,7 @@ def test_a_call_returns_what_one_process_returns(found, whole, text, variant):
             assert worst_row(arrays[name], x) <= 2 * FLOAT32, name
 
 
-@each_mesh
-@each_variant
+@each_case
 def test_every_strategy_writes_the_same_tokens_on_every_process(found, whole, text, variant):
     want = whole("generations", variant)
     every = found(text, variant)
@@ -122,8 +132,7 @@ def test_every_strategy_writes_the_same_tokens_on_every_process(found, whole, te
         np.testing.assert_array_equal(arrays["unseeded"], every[0]["unseeded"])
 
 
-@each_mesh
-@each_variant
+@each_case
 def test_losses_gradients_and_steps_of_an_optimizer_are_those_of_one_process(found, whole, text, variant):
     """In float64, which leaves no room for a sum that is forgotten; FSDP averages over processes with other rows."""
     mesh = Mesh.parse(text)
@@ -141,8 +150,7 @@ def test_losses_gradients_and_steps_of_an_optimizer_are_those_of_one_process(fou
     assert np.linalg.norm(heads - want[name]) <= 1e-12 * np.linalg.norm(want[name])
 
 
-@each_mesh
-@each_variant
+@each_case
 def test_a_process_reads_and_holds_its_own_slices_alone(found, text, variant):
     """FSDP cuts everything: a bias that the table leaves whole along `fsdp` is cut beyond it."""
     mesh, config = Mesh.parse(text), worker.CONFIGS[variant]
@@ -159,8 +167,7 @@ def test_a_process_reads_and_holds_its_own_slices_alone(found, text, variant):
         assert arrays["bytes read"] == read <= shard_bytes(config, mesh, item_bytes=4)
 
 
-@each_mesh
-@each_variant
+@each_case
 def test_what_is_saved_is_what_was_loaded(found, folder, text, variant):
     found(text, variant)
     saved, original = (

@@ -1,9 +1,10 @@
 """What a model computes, whole or over several processes: the test asks for the first, this script does the second.
 
-torchrun --nproc-per-node 2 shard_model.py FOLDER tensor=2 fsdp=2    # with checkpoints in FOLDER/models
+torchrun --nproc-per-node 2 shard_model.py FOLDER    # with checkpoints in FOLDER/models
 """
 
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -32,6 +33,8 @@ CONFIGS = {
     "untied, without biases": OPTConfig(**SIZES, enable_bias=False, tie_word_embeddings=False),
     "norms without weights, pruned": OPTConfig(**SIZES, layer_norm_elementwise_affine=False, pruned_heads={1: [0, 2]}),
 }
+MESHES = {2: ("tensor=2", "fsdp=2"), 4: ("fsdp=2,tensor=2", "data=2,tensor=2", "data=2,fsdp=2", "fsdp=4")}
+VARIANTS_ON = {2: tuple(CONFIGS), 4: ("pre-norm", "350m style")}
 HEADS = {"classes": OPTForSequenceClassification, "answers": OPTForQuestionAnswering}
 IDS = token_ids(CONFIGS["pre-norm"])
 SEGMENTS = np.array([[0] * 4 + [1] * 7 + [0] * 2, [3] * 13, [0] * 6 + [1] * 7, [0, 1] + [2] * 11])
@@ -104,7 +107,7 @@ def with_new_head(folder: Path, mesh=None) -> dict[str, np.ndarray]:
     return found
 
 
-def refusals(folder: Path, mesh, text: str) -> dict[str, str]:
+def refusals(folder: Path, mesh) -> dict[str, str]:
     """The messages of errors, which every process must raise."""
     rank, load = dist.get_rank(), OPTForCausalLM.from_pretrained
     model = load(folder / "models" / "pre-norm", device_mesh=mesh)
@@ -174,21 +177,21 @@ def sharded(folder: Path, variant: str, mesh) -> dict[str, np.ndarray]:
     return differentiated(model, [batch_rows(len(IDS), model.mesh, mesh.get_coordinate())])
 
 
-def main(folder: Path, *texts: str) -> None:
+def main(folder: Path) -> None:
     warnings.simplefilter("error", UserWarning)
-    found, refused = {}, {}
-    for text in texts:
+    found, refused, processes = {}, {}, int(os.environ["WORLD_SIZE"])
+    for text in MESHES[processes]:
         mesh = init_mesh(text, "cpu")
-        for variant in CONFIGS:
+        for variant in VARIANTS_ON[processes]:
             arrays = loaded(folder, variant, mesh, text) | sharded(folder, variant, mesh)
             found |= {f"{text}/{variant}/{name}": x for name, x in arrays.items()}
         found |= {f"{text}/heads/{name}": x for name, x in with_new_head(folder, mesh).items()}
-        refused[text] = refusals(folder, mesh, text)
+        refused[text] = refusals(folder, mesh)
     rank = dist.get_rank()
-    np.savez(folder / f"{'+'.join(texts)}.{rank}.npz", **found)
-    (folder / f"{'+'.join(texts)}.{rank}.json").write_text(json.dumps(refused))
+    np.savez(folder / f"{processes}.{rank}.npz", **found)
+    (folder / f"{processes}.{rank}.json").write_text(json.dumps(refused))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    main(Path(sys.argv[1]))
