@@ -127,12 +127,14 @@ class Decoder(nnx.Module):
         )
         how = dict(output_attentions=output_attentions, recomputes=recomputes, policy=self.checkpoint_policy)
         inputs, presents, attentions = [], [], []
+        before_BTD = x_BTD if self.placement is not None and self.placement.gathers else None
         for i, layer in enumerate(self.layers):
             if output_hidden_states:
                 inputs.append(x_BTD)
             past_layer = None if past is None else (past.keys[i], past.values[i])
             given = past_layer, lengths_B, first_BT, head_mask_LN[i]
-            y_BTD, present, weights_BNTS = run_layer(layer, x_BTD, *given, **how)
+            y_BTD, present, weights_BNTS = run_layer(layer, x_BTD, *given, before_BTD, **how)
+            before_BTD = None if before_BTD is None else x_BTD
             x_BTD = self.drop_layer(x_BTD, y_BTD)
             presents.append(present)
             attentions.append(weights_BNTS)
@@ -216,6 +218,7 @@ def run_layer(
     lengths_B: Array | None,
     first_BT: Array | None,
     head_mask_N: Array | None,
+    before_BTD: Array | None,
     *,
     output_attentions: bool,
     recomputes: bool,
@@ -223,11 +226,13 @@ def run_layer(
 ) -> tuple[Array, LayerCache, Array | None]:
     """Calls a layer as one compiled function that equal layers share: traced once, and outside `jit` compiled once.
 
-    A layer that `recomputes` keeps for its gradient its inputs and what a `policy` of `jax.checkpoint` says.
+    A layer that `recomputes` keeps for its gradient its inputs and what a `policy` of `jax.checkpoint` says. On a mesh
+    whose devices gather weights, `before_BTD` is what the layer before was given.
     """
     graphdef, rngs, weights = nnx.split(layer, nnx.RngState, ...)
     static = graphdef, output_attentions, recomputes, policy
-    outputs, rngs = _compiled_layer(*static, rngs, weights, x_BTD, past, lengths_B, first_BT, head_mask_N)
+    arrays = x_BTD, past, lengths_B, first_BT, head_mask_N, before_BTD
+    outputs, rngs = _compiled_layer(*static, rngs, weights, *arrays)
     if not layer.dropout.deterministic:
         nnx.update(layer, rngs)
     return outputs
@@ -252,10 +257,12 @@ def _position_rows(position_ids, packing, lengths_B, first_BT, shape: tuple[int,
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "output_attentions", "recomputes", "policy"))
 def _compiled_layer(graphdef, output_attentions: bool, recomputes: bool, policy, *arrays):
-    def call(rngs, weights, x_BTD, past, lengths_B, first_BT, head_mask_N):
+    def call(rngs, weights, x_BTD, past, lengths_B, first_BT, head_mask_N, before_BTD):
         layer = nnx.merge(graphdef, rngs, weights)
-        pin_weights(layer.self_attn.placement, layer)
+        pin_weights(layer.self_attn.placement, layer, before_BTD)
         outputs = layer(x_BTD, past, lengths_B, output_attentions, first_BT, head_mask_N)
         return outputs, nnx.state(layer, nnx.RngState)
 
+    if not recomputes and arrays[-1] is not None:  # keeps all, but gathers weights once more
+        recomputes, policy = True, jax.checkpoint_policies.everything_saveable
     return (jax.checkpoint(call, policy=policy) if recomputes else call)(*arrays)

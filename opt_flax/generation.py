@@ -22,7 +22,7 @@ from opt_core.searching import search, stream
 from opt_flax.cache import Cache, as_bits, from_bits, with_capacity
 from opt_flax.inputs import known
 from opt_flax.packing import pool_last_token
-from opt_flax.sharding import gathered_anew, on_host
+from opt_flax.sharding import agreed_request, on_host
 from opt_flax.stepping import ModelStepper
 
 
@@ -121,13 +121,17 @@ class GenerationMixin:
     def _request(
         self, input_ids, attention_mask, generation_config, assistant_model, max_new_tokens, options
     ) -> GenerationRequest:
-        return plan_request(
-            self.config,
-            known(input_ids),
-            known(attention_mask),
-            generation_config or self.generation_config,
-            **call_options(options, max_new_tokens, assistant_model, GenerationMixin),
-        )
+        def plan() -> GenerationRequest:
+            return plan_request(
+                self.config,
+                known(input_ids),
+                known(attention_mask),
+                generation_config or self.generation_config,
+                **call_options(options, max_new_tokens, assistant_model, GenerationMixin),
+            )
+
+        is_seeded = options.get("seed") is not None or options.get("generator") is not None
+        return agreed_request(self.placement, plan, is_seeded=is_seeded)
 
     def _search(self, plan: GenerationPlan) -> np.ndarray:
         graphdef, state = nnx.split(self)
@@ -190,8 +194,7 @@ def _decode(
 
     def step(carry):
         tokens_BS, count, token_B, ended_B, bits = carry
-        stepped, token_B = gathered_anew(model, token_B)
-        logits_BV, cache = stepped.decode_step(token_B, jax.tree.map(from_bits, bits, dtypes))
+        logits_BV, cache = model.decode_step(token_B, jax.tree.map(from_bits, bits, dtypes))
         token_B, ended_B = choose(logits_BV, ended_B)
         return tokens_BS.at[:, count].set(token_B), count + 1, token_B, ended_B, jax.tree.map(as_bits, cache)
 

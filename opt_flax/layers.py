@@ -120,7 +120,8 @@ class Dropout(nnx.Dropout):
     """In training, zeroes each value with the probability `rate`, to 1/65536, and scales the others to keep the mean.
 
     A value costs 16 random bits. `nnx.Dropout` (flax 0.12) draws 32; and XLA on a CPU (jax 0.10) keeps for the gradient
-    not the mask but what its bits are made of, 4 bytes a value here and 8 there.
+    not the mask but what its bits are made of, 4 bytes a value here and 8 there. Bits have the shape of the values, so
+    that devices of a mesh draw those of what they have, which are the same on any mesh.
     """
 
     def __call__(self, x: Array) -> Array:
@@ -129,8 +130,9 @@ class Dropout(nnx.Dropout):
             return x
         if dropped == 2**16:
             return jnp.zeros_like(x)
-        words = jax.random.bits(self.rngs(), (math.ceil(x.size / 2),), jnp.uint32)
-        draws = lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[: x.size].reshape(x.shape)
+        *rows, width = x.shape or (1,)
+        words = jax.random.bits(self.rngs(), (*rows, math.ceil(width / 2)), jnp.uint32)
+        draws = lax.bitcast_convert_type(words, jnp.uint16).reshape(*rows, -1)[..., :width].reshape(x.shape)
         return jnp.where(draws >= dropped, x * (2**16 / (2**16 - dropped)), 0)
 
 

@@ -1,7 +1,8 @@
 """`from_pretrained` and `save_pretrained`, Flax NNX."""
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ from opt_core.config import OPTConfig
 from opt_core.errors import InputError
 from opt_core.schema import published_name, shapes
 from opt_flax.layers import shapes_only
-from opt_flax.sharding import Placement, on_host, place, placement_on, shardings
+from opt_flax.processes import Whole, write_from_first
+from opt_flax.sharding import Placement, local_parts, on_host, place, placement_on
 
 ALIGNMENT = 64  # bytes; XLA copies memory of a smaller one
 
@@ -57,7 +59,8 @@ class LoadingMixin:
             device_mesh: a mesh (`opt_flax.sharding.init_mesh`) over whose devices the model is cut, by the rules of
                 `opt_core.sharding`; every device gets its own part of each weight alone.
             compute_dtype: what is computed with, bfloat16 for mixed precision; by default the dtype of the parameters.
-            output_loading_info: also return which weights the checkpoint lacked or had in excess.
+            output_loading_info: also return which weights the checkpoint lacked or had in excess, and "bytes_read", of
+                weights, from the files.
             rngs: for the weights of a new head, and dropout in later training.
             overrides: fields of the config, e.g. `num_labels=3`.
 
@@ -80,15 +83,22 @@ class LoadingMixin:
         if device is not None and device_mesh is not None:
             raise InputError("from_pretrained", ["device, device_mesh: expected one of them, got both"])
         placement = None if device_mesh is None else placement_on(device_mesh, pretrained.config, cls.task)
-        model = cls._from_checkpoint(pretrained, attn_implementation, placement or device, rngs, compute_dtype)
+        model = cls._from_checkpoint(pretrained, attn_implementation, device, placement, rngs, compute_dtype)
         if pretrained.generation_config is not None:
             model.generation_config = pretrained.generation_config
         info = {"missing_keys": list(pretrained.new), "unexpected_keys": list(pretrained.unused)}
+        info["bytes_read"] = pretrained.checkpoint.bytes_read
         return (model, info) if output_loading_info else model
 
     @classmethod
     def _from_checkpoint(
-        cls, pretrained: Pretrained, attn_implementation: str, device, rngs: nnx.Rngs | None, compute_dtype
+        cls,
+        pretrained: Pretrained,
+        attn_implementation: str,
+        device,
+        placement: Placement | None,
+        rngs: nnx.Rngs | None,
+        compute_dtype,
     ):
         dtypes = dict(dtype=jnp.dtype(pretrained.dtype), compute_dtype=compute_dtype)
         with shapes_only():
@@ -97,14 +107,16 @@ class LoadingMixin:
             rngs = rngs or nnx.Rngs(0)
             owner_of(model, published_name(name, cls.task))[0].reset_parameters(rngs)
         stored = [name for name in shapes(pretrained.config, cls.task) if name not in pretrained.new]
-        read = _read_on_mesh if isinstance(device, Placement) else _read
-        for name, array in read(pretrained, stored, device, cls.task):
+        if placement is None:
+            read = _read(pretrained, stored, device)
+        else:
+            read = _read_parts(pretrained, stored, placement, cls.task)
+        for name, array in read:
             owner, attribute = owner_of(model, published_name(name, cls.task))
             setattr(owner, attribute, nnx.Param(array))
         _start_streams(model, rngs)
-        if isinstance(device, Placement):
-            model.set_placement(device)
-            place(model)
+        model.set_placement(placement)
+        place(model)
         model.eval()
         return model
 
@@ -114,7 +126,8 @@ class LoadingMixin:
         """Writes config.json and safetensors in the published layout, which any backend loads.
 
         NaN and infinities are refused unless `allow_nonfinite`. Options of generation that came with a checkpoint, or
-        were given to the model, go into generation_config.json.
+        were given to the model, go into generation_config.json. Of a model of several processes, each calls this; the
+        first writes, and one weight at a time is whole.
 
         Raises:
             InputError: the model has adapters, which this would leave out.
@@ -122,21 +135,32 @@ class LoadingMixin:
         if self.lora is not None:
             remedy = "save_adapter writes them alone, merge_lora adds them to the weights"
             raise InputError("save_pretrained", [f"model: expected one without adapters; {remedy}"])
-        tensors = {name: lambda name=name: to_numpy(self.weight(name)) for name in shapes(self.config, self.task)}
-        write_checkpoint(
-            folder,
-            self.config.replace(torch_dtype=self.dtype.name),
-            tensors,
-            task=self.task,
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-            allow_nonfinite=allow_nonfinite,
-        )
-        if getattr(self, "generation_config", None) is not None:
-            self.generation_config.save_pretrained(folder)
+        parameters = {name: self.weight(name) for name in shapes(self.config, self.task)}
+
+        def write(whole: Mapping[str, Whole]) -> None:
+            write_checkpoint(
+                folder,
+                self.config.replace(torch_dtype=self.dtype.name),
+                _Tensors(parameters, whole),
+                task=self.task,
+                max_shard_size=max_shard_size,
+                overwrite=overwrite,
+                allow_nonfinite=allow_nonfinite,
+            )
+            if getattr(self, "generation_config", None) is not None:
+                self.generation_config.save_pretrained(folder)
+
+        write_from_first(self.placement, parameters, write)
 
     def push_to_hub(self, repo_id: str, *, max_shard_size: int | str = "5GB", **options) -> str:
-        """Saves to a temporary folder and uploads it; `options` as in `conversion.push_folder`. Returns the address."""
+        """Saves to a temporary folder and uploads it; `options` as in `conversion.push_folder`. Returns the address.
+
+        Raises:
+            InputError: the model is that of several processes, of which none has the others' temporary folders.
+        """
+        if self.placement is not None and self.placement.has_processes:
+            remedy = "save_pretrained writes a folder that conversion.push_folder uploads"
+            raise InputError("push_to_hub", [f"model: expected one of a single process; {remedy}"])
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size)
             return push_folder(folder, repo_id, **options)
@@ -147,20 +171,49 @@ class LoadingMixin:
         return getattr(owner, attribute).get_value()
 
 
-def _read(pretrained: Pretrained, names: Iterable[str], device, _: str) -> Iterator[tuple[str, Array]]:
-    """The weights, on a device."""
+class _Tensors(NamedTuple):
+    """What is written: shapes and dtypes are known before an array is gathered, which happens once."""
+
+    parameters: Mapping[str, Array]
+    whole: Mapping[str, Whole]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: x.shape for name, x in self.parameters.items()}
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        return {name: x.dtype.name for name, x in self.parameters.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        return self.whole[name]()
+
+
+def _read(pretrained: Pretrained, names: Iterable[str], device) -> Iterator[tuple[str, Array]]:
+    """Name and weight, on a device."""
     device = jax.devices(device)[0] if isinstance(device, str) else device
     for name, array in read_parameters(pretrained.checkpoint, names, pretrained.dtype, alignment=ALIGNMENT):
         yield name, from_numpy(array, device)
 
 
-def _read_on_mesh(
-    pretrained: Pretrained, names: Iterable[str], placement: Placement, task: str
+def _read_parts(
+    pretrained: Pretrained, names: Sequence[str], placement: Placement, task: str
 ) -> Iterator[tuple[str, Array]]:
-    """The weights, cut over a mesh."""
-    placed = shardings(placement, pretrained.config, task)
-    for name, array in read_parameters(pretrained.checkpoint, names, pretrained.dtype, alignment=ALIGNMENT):
-        yield name, placement.put(array, placed[published_name(name, task)])
+    """Name and weight, of which each device of this process is given its part, and no more is read.
+
+    Devices that have the same part share what is read; a format that cannot be read in part is read for each part.
+    """
+    checkpoint, placed = pretrained.checkpoint, placement.weights(pretrained.config, task)
+    parts = {name: local_parts(placed[name], checkpoint.shapes[name]) for name in names}
+    arrays: dict[str, list[Array]] = {name: [] for name in names}
+    for number in range(max(map(len, parts.values()), default=0)):
+        now = {name: found[number] for name, found in parts.items() if number < len(found)}
+        slices = {name: index for name, (index, _) in now.items()}
+        for name, array in read_parameters(checkpoint, now, pretrained.dtype, alignment=ALIGNMENT, slices=slices):
+            arrays[name] += [from_numpy(array, device) for device in now[name][1]]
+    for name in names:
+        sharded = checkpoint.shapes[name], placed[name], arrays.pop(name)
+        yield name, jax.make_array_from_single_device_arrays(*sharded)
 
 
 def from_numpy(array: np.ndarray, device=None) -> Array:

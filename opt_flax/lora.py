@@ -17,6 +17,7 @@ from opt_core.lora import LoraConfig, Pair, adapter_shapes, new_adapter
 from opt_core.schema import published_name
 from opt_flax.layers import Dropout, Linear, at_least_float32, contract, linear, shapes_only
 from opt_flax.loading import owner_of, to_numpy
+from opt_flax.sharding import place
 
 
 class LoraLinear(Linear):
@@ -64,6 +65,7 @@ def add_lora(model, lora: LoraConfig, seed: int = 0) -> None:
         with_adapter.dropout.deterministic = not model.training
         setattr(parent, attribute, with_adapter)
     model.lora = lora
+    place(model)
 
 
 def merge_lora(model) -> None:
@@ -72,6 +74,7 @@ def merge_lora(model) -> None:
         parent, attribute = owner_of(model, published_name(name, model.task))
         setattr(parent, attribute, getattr(parent, attribute).merged())
     model.lora = None
+    place(model)
 
 
 def save_adapter(model, folder) -> None:
@@ -99,6 +102,7 @@ def load_adapter(model, folder) -> None:
     for name, module in _adapted(model).items():
         module.lora_A.set_value(jnp.array(arrays[name]["A"], module.lora_A.dtype))
         module.lora_B.set_value(jnp.array(arrays[name]["B"], module.lora_B.dtype))
+    place(model)
 
 
 def _adapted(model) -> dict[str, LoraLinear]:

@@ -71,7 +71,7 @@ class FlaxOPTPreTrainedModel(LoadingMixin, nnx.Module):
         """The names and sizes of the axes of `device_mesh`."""
         return None if self.placement is None else self.placement.mesh
 
-    def set_placement(self, placement: Placement) -> None:
+    def set_placement(self, placement: Placement | None) -> None:
         """Says where arrays lie, to all modules that ask; `opt_flax.sharding.place` puts them there."""
         attentions = (layer.self_attn for layer in self.base_model.decoder.layers)
         for owner in (self, self.base_model, self.base_model.decoder, *attentions):
@@ -186,9 +186,9 @@ class FlaxOPTPreTrainedModel(LoadingMixin, nnx.Module):
         before, after = self.config, self.config.without_heads(heads_to_prune)
         self._check_partition(after)
         for weight in weights(before, self.task):
-            place = kept_by_pruning(weight, before, after)
-            if place is not None:
-                self._keep(weight.name, *place)
+            kept = kept_by_pruning(weight, before, after)
+            if kept is not None:
+                self._keep(weight.name, *kept)
         for i, layer in enumerate(self.base_model.decoder.layers):
             layer.self_attn.num_heads = after.heads_of(i)
         self._set_config(after)

@@ -7,9 +7,10 @@ attention, of which each device computes its own rows and heads, and the loss of
 """
 
 import functools
+import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -21,10 +22,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError, raise_if
+from opt_core.generation_request import GenerationRequest
 from opt_core.schema import SCHEMA, published_name, weights
 from opt_core.sharding import RULES, Mesh, Rules, batch_axes, computing_mesh, partition, spec_of
 from opt_flax.linear_cross_entropy import Part
 
+_DIGEST_BYTES = 32
 _OF_LAYER = "decoder.layers.{layer}."
 LAYER = {row.name.removeprefix(_OF_LAYER): row.dims for row in SCHEMA if row.name.startswith(_OF_LAYER)}
 
@@ -60,6 +63,10 @@ class Placement:
     def weight(self, dims: str) -> NamedSharding:
         """That of a weight whose dimensions have these letters of the schema."""
         return self.sharding(*spec_of(dims, self.mesh, self.rules))
+
+    def weights(self, config: OPTConfig, task: str) -> dict[str, NamedSharding]:
+        """Canonical name to the sharding of every weight."""
+        return {row.name: self.weight(row.dims) for row in weights(config, task)}
 
     def rows(self, batch: int) -> tuple[str, ...] | None:
         """The axes that cut a batch of so many rows; None where they do not divide it."""
@@ -137,6 +144,10 @@ def placement_on(device_mesh: jax.sharding.Mesh, config: OPTConfig, task: str, r
     """
     if not isinstance(device_mesh, jax.sharding.Mesh):
         raise InputError("device_mesh", [f"expected a jax.sharding.Mesh, got {type(device_mesh).__name__}"])
+    found = {device.process_index for device in device_mesh.devices.flat}
+    if len(found) > 1 and len(found) != jax.process_count():
+        text = f"expected devices of one process or of all {jax.process_count()}, got some of processes {sorted(found)}"
+        raise InputError("device_mesh", [text])
     types = (AxisType.Auto,) * len(device_mesh.axis_names)
     placement = Placement(jax.sharding.Mesh(device_mesh.devices, device_mesh.axis_names, axis_types=types), rules)
     partition(config, placement.mesh, rules, task)
@@ -148,15 +159,20 @@ def place(model) -> None:
     placement = model.placement
     if placement is None:
         return
-    placed = shardings(placement, model.config, model.task)
+    placed = placement.weights(model.config, model.task)
+    placed = {published_name(name, model.task): sharding for name, sharding in placed.items()}
     for path, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Variable):
             node.set_value(placement.put(node.get_value(), placed.get(".".join(map(str, path)))))
 
 
-def shardings(placement: Placement, config: OPTConfig, task: str) -> dict[str, NamedSharding]:
-    """Published name to the sharding of every weight."""
-    return {published_name(row.name, task): placement.weight(row.dims) for row in weights(config, task)}
+def local_parts(sharding: NamedSharding, shape: Sequence[int]) -> list[tuple[tuple[slice, ...], list[jax.Device]]]:
+    """The different parts of an array that devices of this process have, each with these devices."""
+    devices: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(tuple(shape)).items():
+        ends = tuple(part.indices(length)[:2] for part, length in zip(index, shape, strict=True))
+        devices.setdefault(ends, []).append(device)
+    return [(tuple(slice(*pair) for pair in ends), found) for ends, found in devices.items()]
 
 
 # -- inside a model ---------------------------------------------------------------------------------------------------
@@ -169,27 +185,22 @@ def on_rows(placement: Placement | None, x: Array) -> Array:
     return lax.with_sharding_constraint(x, placement.sharding(placement.rows(len(x))))
 
 
-def pin_weights(placement: Placement | None, layer: nnx.Module) -> None:
+def pin_weights(placement: Placement | None, layer: nnx.Module, before_BTD: Array | None) -> None:
     """Says of the weights of a layer where they lie, and so of their gradients, in what is being compiled.
 
-    XLA would sum the gradients of a weight that is gathered on every device as a whole, and leave them so.
+    XLA would sum the gradients of a weight that is gathered on every device as a whole, and leave them so. And it would
+    gather the weights of all layers first (jax 0.10, CPU), those of a loop once for all its rounds: here a layer's wait
+    for what the layer before is given, so that those of two are there at a time.
     """
-    for path, node in nnx.iter_graph(layer) if placement is not None else ():
-        if dims := LAYER.get(".".join(map(str, path))):
-            node.set_value(lax.with_sharding_constraint(node.get_value(), placement.weight(dims)))
-
-
-def gathered_anew(model, x: Array) -> tuple[nnx.Module, Array]:
-    """The same, in a loop that changes `x`: weights that devices gather are gathered in each round, and freed.
-
-    XLA would gather all of them before the loop (jax 0.10), which is what they were cut to avoid.
-    """
-    placement = model.placement
-    if placement is None or not placement.gathers:
-        return model, x
-    graphdef, weights, rest = nnx.split(model, nnx.Param, ...)
-    weights, x = lax.optimization_barrier((weights, x))
-    return nnx.merge(graphdef, weights, rest), x
+    if placement is None:
+        return
+    found = ((node, LAYER.get(".".join(map(str, path)))) for path, node in nnx.iter_graph(layer))
+    nodes = [(node, placement.weight(dims)) for node, dims in found if dims]
+    values = [lax.with_sharding_constraint(node.get_value(), sharding) for node, sharding in nodes]
+    if before_BTD is not None:
+        values, _ = lax.optimization_barrier((values, lax.stop_gradient(before_BTD)))
+    for (node, _), value in zip(nodes, values, strict=True):
+        node.set_value(value)
 
 
 def by_heads(placement: Placement | None, function: Callable, *arrays: Array | None) -> Array:
@@ -218,6 +229,45 @@ def on_host(x: Array) -> np.ndarray:
 
 
 # -- processes --------------------------------------------------------------------------------------------------------
+
+
+def agreed_request(
+    placement: Placement | None, plan: Callable[[], GenerationRequest], *, is_seeded: bool
+) -> GenerationRequest:
+    """The request that `plan` makes, if all processes make the same; a seed that nobody gave is that of process 0.
+
+    Raises:
+        Exception: what `plan` raised here.
+        InputError: it raised something on another process, or the requests differ, or would end by the clock of each.
+    """
+    if placement is None or not placement.has_processes:
+        return plan()
+    request, error = None, None
+    try:
+        request = plan()
+    except Exception as raised:
+        error = raised
+    seed = 0 if request is None or is_seeded else request.seeds[0]
+    mine = b"" if request is None else _digest(request, is_seeded) + np.int64(seed).tobytes()
+    all_of_them = multihost_utils.process_allgather(np.frombuffer(mine.ljust(_DIGEST_BYTES + 8, b"\0"), np.uint8))
+    if request is None:
+        raise error
+    digests, seeds = all_of_them[:, :_DIGEST_BYTES], all_of_them[:, _DIGEST_BYTES:].copy().view(np.int64)[:, 0]
+    others = ", ".join(str(rank) for rank, digest in enumerate(digests) if (digest != digests[0]).any())
+    text = "arguments: expected the same on all processes, got others, or wrong ones, than process 0 on"
+    raise_if(InputError, "generate", [f"{text} {others}"] if others else [])
+    if request.settings.max_time is not None:
+        raise InputError("generate", ["max_time: expected None, the clocks of several processes differ"])
+    return request if is_seeded else request._replace(seeds=(int(seeds[0]),))
+
+
+def _digest(request: GenerationRequest, is_seeded: bool) -> bytes:
+    """Of the prompt and the options that have values; functions among them are the caller's business."""
+    plan = request.plan
+    arrays = [np.ascontiguousarray(x) for x in (plan.input_ids, plan.real)]
+    rest = repr((request.settings.to_dict(), request.strategy, plan.max_new_tokens, is_seeded and request.seeds))
+    content = b"".join(repr((x.shape, x.dtype)).encode() + x.tobytes() for x in arrays) + rest.encode()
+    return hashlib.blake2b(content, digest_size=_DIGEST_BYTES).digest()
 
 
 def _join_processes() -> None:
