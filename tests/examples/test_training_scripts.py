@@ -146,18 +146,18 @@ def check_killed(backend, files, tmp_path):
 
 @pytest.mark.slow
 def test_a_script_trains_over_two_processes_as_in_one(files, tmp_path):
-    """And goes on with one what it began with two."""
+    """Along `tensor`, where dropout is the same; then it goes on along `fsdp`."""
     arguments = ["--backend", "torch", *files["causal_lm"], "--from", "opt-tiny", "--batch-size", "2", "--every", "2"]
     over_two, alone = ([*arguments, "--folder", tmp_path / name] for name in ("two", "one"))
     script = EXAMPLES / "train_causal_lm.py"
-    first, second = run_processes(script, 2, *over_two, "--steps", "4", "--mesh", "fsdp=2", timeout=300)
+    first, second = run_processes(script, 2, *over_two, "--steps", "4", "--mesh", "tensor=2", timeout=300)
     assert first.stdout.strip().endswith(" in 4 steps.")
     assert "step 4: perplexity" in first.stderr
     assert (second.stdout, second.stderr) == ("", "")
     run_processes(script, 1, *alone, "--steps", "4", timeout=300)
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
-    with_tensor = [*over_two, "--steps", "4", "--mesh", "tensor=2"]
-    assert "going on after step 4" in run_processes(script, 2, *with_tensor, timeout=300)[0].stderr
+    again = run_processes(script, 2, *over_two, "--steps", "4", "--mesh", "fsdp=2", timeout=300)
+    assert "going on after step 4" in again[0].stderr
 
 
 def test_a_folder_of_another_run_is_refused(first_backend, script, files, tmp_path):
