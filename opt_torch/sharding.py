@@ -190,7 +190,15 @@ def _style(module: nn.Module, dim: int | None, *, is_head: bool) -> ParallelStyl
         return RowwiseParallel(input_layouts=Replicate())
     if dim == 1:
         return RowwiseParallel()
-    return ColwiseParallel(output_layouts=Replicate()) if is_head else ColwiseParallel()
+    return _Head(output_layouts=Replicate()) if is_head else ColwiseParallel()
+
+
+class _Head(ColwiseParallel):
+    """Logits of the whole vocabulary, for a caller: there when they are returned, not when they are first used."""
+
+    @staticmethod
+    def _prepare_output_fn(output_layouts, use_local_output, mod, outputs, device_mesh):
+        return outputs.redistribute(placements=output_layouts).to_local()
 
 
 class _Whole(ParallelStyle):
