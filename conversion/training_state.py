@@ -18,7 +18,7 @@ from blake3 import blake3
 
 from conversion.manifest import MANIFEST_NAME
 from conversion.safetensors_file import PlannedTensor, read_header, write_file
-from conversion.slices import read_view
+from conversion.slices import read_part
 from conversion.staging import check_is_published, staging
 from conversion.stored import MappedFile, StoredTensor
 from opt_core.errors import CheckpointError, ConfigError, raise_if
@@ -41,7 +41,7 @@ class TrainingState(NamedTuple):
 
     def read_slice(self, name: str, index: tuple[slice, ...]) -> Moments:
         """A part of both moments of a parameter; no more is read (`conversion.slices`)."""
-        return Moments(*(read_view(array[index]) for array in self.moments[name]))
+        return Moments(*(read_part(array, index) for array in self.moments[name]))
 
 
 def write_training_state(

@@ -18,7 +18,7 @@ from flax import nnx
 from jax import Array, lax
 from jax.sharding import NamedSharding
 
-from conversion.slices import read_view
+from conversion.slices import read_part
 from conversion.training_state import read_training_state, write_training_state
 from opt_core.checks import arguments_of, check_labels
 from opt_core.errors import InputError, TrainingError
@@ -241,7 +241,7 @@ def _read_as(old: Array, stored: np.ndarray, placement: Placement | None) -> Arr
     """The values of a file, in the dtype and the parts of an array; no other parts are read."""
     if placement is None:
         return jnp.array(stored, old.dtype)
-    parts = jax.make_array_from_callback(old.shape, old.sharding, lambda index: read_view(stored[index]), old.dtype)
+    parts = jax.make_array_from_callback(old.shape, old.sharding, lambda index: read_part(stored, index), old.dtype)
     return jnp.copy(parts)  # what lies on the file's pages cannot be written over
 
 
