@@ -12,7 +12,7 @@ from opt_core.errors import InputError
 from opt_core.lora import LoraConfig
 from opt_core.outputs import BaseModelOutput
 from opt_core.schema import kept_by_pruning, published_name, weights
-from opt_core.sharding import Mesh
+from opt_core.sharding import RULES, Mesh
 from opt_torch.attention import check_implementation
 from opt_torch.cache import Cache, init_cache
 from opt_torch.decoder import Decoder
@@ -38,6 +38,7 @@ class OPTPreTrainedModel(LoadingMixin, nn.Module):
         self.lora: LoraConfig | None = None
         self.device_mesh = None  # PyTorch's, where `opt_torch.sharding` has cut the weights
         self.mesh: Mesh | None = None  # the same for `opt_core.sharding`
+        self.rules = RULES  # by which they were cut
         self.head_parts = 1  # devices that share the heads of a layer
         self.hf_device_map: dict[str, int | str] | None = None  # module to place, where `device_map` was given
         self.offloaded: Mapping[str, Tensor] | None = None  # the weights that accelerate brings when they are needed

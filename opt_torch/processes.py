@@ -21,8 +21,8 @@ def part_of_batch(model) -> tuple[int, int]:
     """Which part of every batch this process has, and of how many."""
     if model.mesh is None:
         return 0, 1
-    parts = math.prod(map(model.mesh.size, batch_axes(model.mesh)))
-    return batch_rows(parts, model.mesh, model.device_mesh.get_coordinate()).start, parts
+    parts = math.prod(map(model.mesh.size, batch_axes(model.mesh, model.rules)))
+    return batch_rows(parts, model.mesh, model.device_mesh.get_coordinate(), model.rules).start, parts
 
 
 def sum_of_parts(model, number: float) -> float:
@@ -30,14 +30,14 @@ def sum_of_parts(model, number: float) -> float:
     if model.mesh is None:
         return number
     total = torch.tensor(number, dtype=torch.float64, device=model.device)
-    for axis in batch_axes(model.mesh):
+    for axis in batch_axes(model.mesh, model.rules):
         dist.all_reduce(total, group=model.device_mesh.get_group(axis))
     return float(total)
 
 
 def whole_rows(model, x):
     """The rows of all parts, of a tensor or a tuple of them; None stays None."""
-    axes = () if model.mesh is None else batch_axes(model.mesh)
+    axes = () if model.mesh is None else batch_axes(model.mesh, model.rules)
     if x is None or not axes:
         return x
     if not isinstance(x, Tensor):

@@ -78,7 +78,7 @@ def shard_model(model, device_mesh: DeviceMesh, rules: Rules = RULES):
     if axes.sharding or axes.replicating:
         dims = {name: _dim(specs[name], axes.sharding, None) for name in specs}
         _fully_shard(model, _batch_mesh(device_mesh, axes), dims)
-    model.device_mesh, model.mesh = device_mesh, mesh
+    model.device_mesh, model.mesh, model.rules = device_mesh, mesh, rules
     model.head_parts = mesh.size(axes.computing)
     return model
 

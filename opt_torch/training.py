@@ -14,17 +14,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 
+from conversion.checkpoint import open_checkpoint
+from conversion.parameters import read_parameters
 from conversion.training_state import read_training_state, write_training_state
 from opt_core.errors import InputError, TrainingError
 from opt_core.optimization import Moments, TrainingRecipe
 from opt_core.reference import IGNORED_LABEL
+from opt_core.schema import shapes
 from opt_torch import losses
 from opt_torch.inputs import as_tensor
 from opt_torch.loading import from_numpy, to_numpy
 from opt_torch.lora import load_adapter, save_adapter
 from opt_torch.optimization import gradient_norm, make_optimizer, name_of
 from opt_torch.processes import other_processes, part_of_batch, sum_of_parts, whole_rows
-from opt_torch.sharding import as_part, slices_of, write_from_first
+from opt_torch.sharding import as_part, own_slices, slices_of, write_from_first
 
 
 class Trainer:
@@ -115,10 +118,7 @@ class Trainer:
         """
         state = read_training_state(folder, {name: tuple(p.shape) for name, p in self.parameters.items()})
         if self.model.lora is None:
-            options = dict(dtype=self.model.dtype, device_mesh=self.model.device_mesh)
-            loaded = type(self.model).from_pretrained(folder, config=self.model.config, **options)
-            for mine, stored in zip(self.model.parameters(), loaded.parameters(), strict=True):
-                mine.copy_(stored)
+            self._read_weights(folder)
         else:
             load_adapter(self.model, folder)
         for name, parameter in self.parameters.items():
@@ -185,9 +185,25 @@ class Trainer:
             raise InputError("batch", [f"expected rows in {number} equal parts ({of_what}), got {max(rows)}"])
         columns = (x.chunk(number) for x in batch.values())
         parts = [dict(zip(batch, part, strict=True)) for part in zip(*columns, strict=True)]
-        counts = torch.tensor([float(_predictions(part)) for part in parts], dtype=torch.float64)
+        counts = torch.tensor([float(self._predictions(part)) for part in parts], dtype=torch.float64)
         shares = (counts / counts.sum().clamp(min=1)).tolist()
         return list(zip(parts, shares, strict=True))[self.part * accumulate :][:accumulate]
+
+    def _predictions(self, batch: Mapping[str, Tensor]) -> Tensor | int:
+        """How many targets of a language model count; of another task, the rows."""
+        if self.model.task != "causal-lm" or "labels" not in batch:
+            return len(next(iter(batch.values())))
+        targets_BT = losses.causal_lm_targets(batch["labels"], batch.get("attention_mask"), batch.get("segment_ids"))
+        return (targets_BT != IGNORED_LABEL).sum()
+
+    def _read_weights(self, folder) -> None:
+        model, dtype = self.model, str(self.model.dtype).removeprefix("torch.")
+        with open_checkpoint(folder, config=model.config) as checkpoint:
+            checkpoint.check(model.config, model.task)
+            names = shapes(model.config, model.task)
+            for name, array in read_parameters(checkpoint, names, dtype, slices=own_slices(model)):
+                mine = model.weight(name)
+                mine.copy_(as_part(from_numpy(array).to(mine.device), mine))
 
     def _save_state(self, folder) -> None:
         def write(whole: Callable[[str], Tensor]) -> None:
@@ -235,12 +251,3 @@ class _Whole(NamedTuple):
 def _mixed(*numbers: int) -> int:
     """A seed of PyTorch's that depends on all of them."""
     return int(np.random.SeedSequence([number % 2**64 for number in numbers]).generate_state(1, np.uint64)[0])
-
-
-def _predictions(batch: Mapping[str, Tensor]) -> Tensor | int:
-    """How many targets of a language model count; of another task, the rows."""
-    labels = batch.get("labels")
-    if labels is None or "input_ids" not in batch or labels.shape != batch["input_ids"].shape:
-        return len(next(iter(batch.values())))
-    targets_BT = losses.causal_lm_targets(labels, batch.get("attention_mask"), batch.get("segment_ids"))
-    return (targets_BT != IGNORED_LABEL).sum()

@@ -94,6 +94,14 @@ def test_processes_with_the_same_rows_drop_the_same_values_and_others_do_not(fol
     assert abs(along_fsdp["doubled"] - half) > 0.01
 
 
+def test_axes_have_the_names_that_the_rules_give_them(folder, found):
+    got = of_case(found, "fsdp=2", "other rules")
+    trainer = trains.Trainer(trains.model_of(folder, double=False), trains.RECIPE)
+    assert got["parts"] == 2
+    np.testing.assert_allclose(got["steps"], trains.steps_of(trainer, 0, 2), rtol=FLOAT32)
+    assert got["evaluated"] == pytest.approx(trainer.evaluate(trains.batch_of(trains.STEPS)), rel=FLOAT32)
+
+
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_run_goes_on_with_another_number_of_processes(folder, found, mesh):
     """From two to one, and from one to two: weights, moments, step and seed."""
@@ -132,6 +140,7 @@ def test_what_is_wrong_on_one_process_is_an_error_on_all(found):
     refused = of_case(found, "fsdp=2", "refused")
     assert "expected rows in 2 equal parts (accumulate x 2 processes), got 7" in str(refused["rows"])
     assert "step 0: expected finite numbers, got a loss of nan" in str(refused["not finite"])
+    assert "expected a folder, got a file" in str(refused["a file in the way"])
     assert refused["unchanged"]
     assert refused["steps done"] == 0
 

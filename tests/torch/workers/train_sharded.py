@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 from harness import VARIANTS, mask_named, token_ids
+from torch.distributed.device_mesh import init_device_mesh
 
 from opt_core import OPTConfig
 from opt_core.errors import InputError, TrainingError
 from opt_core.optimization import TrainingRecipe
 from opt_core.reference import IGNORED_LABEL
 from opt_core.schema import shapes
+from opt_core.sharding import Rules
 from opt_torch import OPTForCausalLM
 from opt_torch.distributed_checkpoint import restore_distributed, save_distributed
 from opt_torch.sharding import init_mesh, shard_model, whole_tensor
@@ -74,7 +76,7 @@ def dropping(folder: Path, mesh=None) -> dict[str, np.ndarray]:
 
 def refusals(folder: Path, mesh) -> dict:
     """The messages of errors that every process must raise."""
-    trainer, found = Trainer(model_of(folder, mesh=mesh), RECIPE), {}
+    trainer, found = Trainer(model_of(folder, mesh=mesh, double=False), RECIPE), {}
     parameter = trainer.parameters["decoder.layers.0.fc1.bias"]
     before = whole_tensor(parameter)
     for name, rows, error in (("rows", 7, InputError), ("not finite", 8, TrainingError)):
@@ -84,6 +86,10 @@ def refusals(folder: Path, mesh) -> dict:
             trainer.step({name: x[:rows] for name, x in batch_of(0).items()})
         except error as raised:
             found[name] = str(raised)
+    try:
+        trainer.save(folder / "models" / "pre-norm" / "config.json")
+    except FileExistsError as raised:
+        found["a file in the way"] = str(raised)
     return found | {"unchanged": bool((whole_tensor(parameter) == before).all()), "steps done": trainer.step_count}
 
 
@@ -110,6 +116,21 @@ def distributed(folder: Path, text: str, mesh, first: str) -> dict[str, np.ndarr
     return found | {"state": np.array([trainer.step_count, trainer.seed])}
 
 
+def by_other_rules(folder: Path) -> dict[str, np.ndarray]:
+    """Of axes with names of one's own, which the rules know."""
+    rules = Rules((("A", "model"), ("F", "model"), ("D", "shards")), batch=("shards",))
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("shards", "model"))
+    trainer = Trainer(shard_model(model_of(folder, double=False), mesh, rules), RECIPE)
+    losses = steps_of(trainer, 0, 2)
+    trainer.save(folder / "by other rules")
+    trainer.restore(folder / "by other rules")
+    return {
+        "steps": losses,
+        "evaluated": np.float64(trainer.evaluate(batch_of(STEPS))),
+        "parts": np.array(trainer.parts),
+    }
+
+
 def main(folder: Path, meshes: Sequence[str]) -> None:
     found: dict[str, np.ndarray] = {}
     for text in meshes:
@@ -120,7 +141,7 @@ def main(folder: Path, meshes: Sequence[str]) -> None:
         cases["saved"] = saved_and_restored(folder, text, mesh)
         cases["distributed"] = distributed(folder, text, mesh, meshes[0])
         if text == "fsdp=2":  # rows of which each process has its own
-            cases["refused"] = refusals(folder, mesh)
+            cases |= {"refused": refusals(folder, mesh), "other rules": by_other_rules(folder)}
         found |= {f"{text}/{case}/{name}": x for case, values in cases.items() for name, x in values.items()}
     np.savez(folder / f"rank{os.environ['RANK']}.npz", **found)
 
