@@ -129,17 +129,20 @@ def memory_of(job: Job, mesh: Mesh) -> Memory:
     rows = _rows(job, mesh)
     part = Part(config, mesh.size("tensor"), rows * job.length, item, ITEM_BYTES[job.computed_in])
     held = item * sum(map(math.prod, local_shapes(config, mesh).values()))
-    gathered = _gathered_bytes(job, mesh)
+    gathered = _gathered(job, mesh)
     if job.mode == "inference":
         cache = rows * job.length * part.slot_bytes
         activations = max(part.prefill_bytes, cache)  # the cache of the prompt is copied into one with all slots
-        return Memory(held, 0, 0, cache, activations, gathered, held + cache + activations + gathered)
-    activations = max(part.loss_bytes(job.recompute), part.backward_bytes(job.recompute))
+        total = held + cache + activations + gathered.in_layer
+        return Memory(held, 0, 0, cache, activations, gathered.in_layer, total)
+    at_loss, backward = part.loss_bytes(job.recompute), part.backward_bytes(job.recompute)
+    moments = [(at_loss, gathered.outside), (backward, gathered.in_layer + gathered.layer)]
     if job.accumulate > 1:
-        at_once = held + activations
+        moments = [(held + activations, others) for activations, others in moments]
     else:  # activations go as gradients come
-        at_once = max(activations, held + part.last_bytes())
-    return Memory(held, held, 2 * held, 0, activations, gathered, 3 * held + at_once + gathered)
+        moments.append((held + part.last_bytes(), gathered.at_end))
+    peak = max(moments, key=sum)
+    return Memory(held, held, 2 * held, 0, max(at_loss, backward), peak[1], 3 * held + sum(peak))
 
 
 def _rows(job: Job, mesh: Mesh) -> int:
@@ -233,25 +236,38 @@ class Part(NamedTuple):
         return self.computed * self.tokens * (2 * F + D) + self.item * (self.tokens * D + D * F)
 
 
-def _gathered_bytes(job: Job, mesh: Mesh) -> int:
-    """Where a batch axis cuts weights: those outside the layers stay gathered, and of the layers the one in use and the
-    one that is fetched meanwhile; in training also the gradients of as much, but of one layer.
+class Gathered(NamedTuple):
+    """Bytes of whole weights that are there while they are used: where a batch axis cuts them, those outside the layers
+    throughout, and of the layers the one in use and the one that is fetched meanwhile. Their gradients are as large."""
 
-    Elsewhere, where products have another dtype than weights: a copy of all of them.
-    """
+    outside: int
+    layer: int = 0  # the largest
+    gradients: int = 0  # of those outside, until the backward pass ends
+
+    @property
+    def in_layer(self) -> int:
+        return self.outside + 2 * self.layer
+
+    @property
+    def at_end(self) -> int:
+        """In the first layer, the last in the backward pass, with its gradients."""
+        return self.in_layer + self.layer + self.gradients
+
+
+def _gathered(job: Job, mesh: Mesh) -> Gathered:
+    """Where no batch axis cuts weights, but products have another dtype: a copy of all of them."""
     computed = ITEM_BYTES[job.computed_in]
     outside, layers = 0, [0] * job.config.num_hidden_layers
     whole = local_shapes(job.config, computing_mesh(mesh))
     for weight in weights(job.config):
-        size = math.prod(whole[weight.name])
+        size = computed * math.prod(whole[weight.name])
         if weight.layer is None:
             outside += size
         else:
             layers[weight.layer] += size
     if mesh.size("fsdp") == 1:
-        return computed * (outside + sum(layers)) if job.computed_in != job.dtype else 0
-    largest = max(layers, default=0)
-    return computed * (outside + 2 * largest + (outside + largest if job.mode == "training" else 0))
+        return Gathered(outside + sum(layers) if job.computed_in != job.dtype else 0)
+    return Gathered(outside, max(layers, default=0), outside)
 
 
 # -- time -------------------------------------------------------------------------------------------------------------

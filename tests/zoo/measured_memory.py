@@ -1,8 +1,10 @@
 """The peak memory of a generation or of training steps in PyTorch, in a process of its own; prints bytes.
 
-    python measured_memory.py '{"config": {...}, "mode": "training", "dtype": "float32", "batch": 4, "length": 256}'
+    python measured_memory.py '{"config": {...}, "small": {...}, "mode": "training", "batch": 4, ...}'
 
-The last tokens of `length` are new ones in a generation. Two steps: the moments come at the end of the first.
+The last tokens of `length` are new ones in a generation. Two steps: the moments come at the end of the first. With a
+"mesh", such as "fsdp=2", this is one of its processes, and "config" and "small", the fields of what is measured and of
+what runs before, are folders with weights.
 """
 
 import json
@@ -14,15 +16,14 @@ import torch
 from opt_core import OPTConfig
 from opt_core.optimization import TrainingRecipe
 from opt_torch import OPTForCausalLM
+from opt_torch.sharding import init_mesh
 from opt_torch.training import Trainer
 from opt_zoo.bench.memory import PeakMemory
 
 NEW_TOKENS, STEPS = 3, 2
 
 
-def run(config: OPTConfig, job: dict, ids_BT: np.ndarray) -> None:
-    torch.set_default_dtype(getattr(torch, job["dtype"]))
-    model = OPTForCausalLM(config)
+def run(model: OPTForCausalLM, job: dict, ids_BT: np.ndarray) -> None:
     if job["mode"] == "inference":
         model.eval().generate(ids_BT[:, :-NEW_TOKENS], max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
         return
@@ -36,13 +37,19 @@ def run(config: OPTConfig, job: dict, ids_BT: np.ndarray) -> None:
 
 
 def main(job: dict) -> int | None:
-    config = OPTConfig(**job["config"])
+    torch.set_default_dtype(getattr(torch, job["dtype"]))
     ids_BT = np.random.default_rng(0).integers(4, 97, (job["batch"], job["length"]))
-    small = config.replace(vocab_size=97, hidden_size=32, num_attention_heads=2, ffn_dim=41, num_hidden_layers=1)
-    run(small, job, ids_BT[:, :11])  # what libraries load at their first use
+    mesh = init_mesh(job["mesh"]) if "mesh" in job else None
+    run(model_of(job["small"], mesh), job, ids_BT[:, :11])  # what libraries load at their first use
     peak = PeakMemory()
-    run(config, job, ids_BT)
+    run(model_of(job["config"], mesh), job, ids_BT)
     return peak.growth
+
+
+def model_of(given: dict | str, mesh) -> OPTForCausalLM:
+    if mesh is None:
+        return OPTForCausalLM(OPTConfig(**given))
+    return OPTForCausalLM.from_pretrained(given, device_mesh=mesh)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 from harness import PRUNED_HEADS, backends_asked_for, config_of, save_random
+from processes import run_processes
 
+from conversion import write_checkpoint
 from opt_core import OPTConfig
 from opt_core.errors import InputError
 from opt_core.presets import PRESETS
 from opt_core.schema import parameter_count
 from opt_core.sharding import Mesh
+from opt_core.synthetic import random_tensors
 from opt_zoo.bench.memory import PeakMemory
 from opt_zoo.bench.work import ITEM_BYTES
 from opt_zoo.devices import DEVICES
@@ -275,6 +278,7 @@ def test_options_that_cannot_be_are_refused(opt_zoo, options, words):
 
 MEASURED = dict(vocab_size=8192, hidden_size=768, num_hidden_layers=4, ffn_dim=3072, num_attention_heads=12)
 MEASURED |= dict(dropout=0.0)  # a CPU keeps float masks; plans count a byte
+SMALL = MEASURED | dict(vocab_size=98, hidden_size=32, num_attention_heads=2, ffn_dim=42, num_hidden_layers=1)
 
 
 @pytest.mark.parametrize(
@@ -294,18 +298,42 @@ def test_the_measured_peak_is_within_a_tenth_of_the_plan(job, request):
     if "torch" not in backends_asked_for(request.config):
         pytest.skip("torch is not among --backends")
     job = {"dtype": "float32", **job}
-    measured = measured_bytes(dict(job, config=MEASURED))
+    measured = measured_bytes(dict(job, config=MEASURED, small=SMALL))
     if measured is None:
         pytest.skip("needs /proc")
     planned = memory_of(Job(OPTConfig(**MEASURED), **job), ALONE).total
     assert planned == pytest.approx(measured, rel=0.1)
 
 
-def measured_bytes(job: dict) -> int | None:
-    """With an allocator that gives back what is freed: what it keeps is neither the model's nor the plan's."""
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["tensor=2", "fsdp=2", "fsdp=2,tensor=2"])
+@pytest.mark.parametrize("mode", ["training", "inference"])
+def test_the_measured_peak_of_each_process_is_within_a_tenth_of_the_plan(mesh, mode, tmp_path, request):
+    if "torch" not in backends_asked_for(request.config):
+        pytest.skip("torch is not among --backends")
+    job, on = dict(mode=mode, batch=4, length=512, dtype="float32"), Mesh.parse(mesh)
+    given = dict(job, mesh=mesh)
+    for name, fields in (("config", MEASURED), ("small", SMALL)):
+        config, given[name] = OPTConfig(**fields), str(tmp_path / name)
+        write_checkpoint(given[name], config, dict(random_tensors(config)))
     script = Path(__file__).with_name("measured_memory.py")
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, str(script), json.dumps(job)]
+    done = run_processes(script, on.devices, json.dumps(given), env=GIVES_BACK)
+    measured = [json.loads(process.stdout.splitlines()[-1]) for process in done]
+    if None in measured:
+        pytest.skip("needs /proc")
+    if mode == "inference":  # `generate` computes all rows in every process
+        job["batch"] *= on.size("fsdp")
+    planned = memory_of(Job(OPTConfig(**MEASURED), **job), on).total
+    assert [planned / x for x in measured] == pytest.approx([1] * on.devices, rel=0.1)
+
+
+# An allocator that gives back what is freed: what it keeps is neither the model's nor the plan's.
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+
+
+def measured_bytes(job: dict) -> int | None:
+    script = Path(__file__).with_name("measured_memory.py")
+    command, environment = [sys.executable, str(script), json.dumps(job)], {**os.environ, **GIVES_BACK}
     done = subprocess.run(command, env=environment, cwd=script.parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
