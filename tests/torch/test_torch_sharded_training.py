@@ -211,3 +211,21 @@ def test_a_killed_run_goes_on_with_processes_along_another_axis(folder, unbroken
     assert "going on after step" in done[0].stderr
     assert done[1].stderr == ""
     check_same_run(killed.run(folder, tmp_path / "run"), unbroken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("killed while it writes", "TrainingError: step 0: another process is gone"),
+        ("killed before the name is given", "TrainingError: step 0: another process is gone"),
+        ("a full disk", "process 1: disk full"),
+    ],
+)
+def test_parts_that_were_not_all_saved_have_no_name(folder, tmp_path, how, said):
+    with started_processes(WORKERS / "save_until_killed.py", 2, folder, tmp_path / "saved", how) as job:
+        done = job.wait()
+    assert {process.returncode for process in done} == ({0} if how == "a full disk" else {0, -9}), job.processes
+    for process in done:
+        assert process.returncode != 0 or said in process.stdout
+    assert not (tmp_path / "saved").exists()
