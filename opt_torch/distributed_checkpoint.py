@@ -32,7 +32,7 @@ from opt_torch.sharding import write_from_first
 from opt_torch.training import Trainer
 
 CONTENTS_NAME = "distributed.json"
-FILE_BYTES = 2**30  # of a process: `safetensors` makes a file in memory, twice
+FILE_BYTES = 2**28  # of a process: `safetensors` makes a file in memory, twice
 _VERSION = 1
 _MOMENTS = tuple(f"{kind}." for kind in Moments._fields)
 
