@@ -6,6 +6,7 @@ them alone is `nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))`.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 from flax import nnx
@@ -16,7 +17,8 @@ from opt_core.errors import InputError
 from opt_core.lora import LoraConfig, Pair, adapter_shapes, new_adapter
 from opt_core.schema import published_name
 from opt_flax.layers import Dropout, Linear, at_least_float32, contract, linear, shapes_only
-from opt_flax.loading import owner_of, to_numpy
+from opt_flax.loading import owner_of
+from opt_flax.processes import Whole, write_from_first
 from opt_flax.sharding import place
 
 
@@ -78,12 +80,18 @@ def merge_lora(model) -> None:
 
 
 def save_adapter(model, folder) -> None:
-    """Writes the adapters as PEFT does, without the base model."""
-    arrays = {
-        name: {"A": to_numpy(module.lora_A.get_value()), "B": to_numpy(module.lora_B.get_value())}
-        for name, module in _adapted(model).items()
-    }
-    write_adapter(folder, dataclasses.replace(model.lora, task=model.task), arrays)
+    """Writes the adapters as PEFT does, without the base model.
+
+    Of a model of several processes, each calls this, and the first writes.
+    """
+    modules = _adapted(model)
+    arrays = {f"{name}.{x}": getattr(modules[name], f"lora_{x}").get_value() for name in modules for x in "AB"}
+
+    def write(whole: Mapping[str, Whole]) -> None:
+        pairs = {name: {x: whole[f"{name}.{x}"]() for x in "AB"} for name in modules}
+        write_adapter(folder, dataclasses.replace(model.lora, task=model.task), pairs)
+
+    write_from_first(model.placement, arrays, write)
 
 
 def load_adapter(model, folder) -> None:

@@ -27,6 +27,9 @@ from opt_core.schema import SCHEMA, published_name, weights
 from opt_core.sharding import RULES, Mesh, Rules, batch_axes, computing_mesh, partition, spec_of
 from opt_flax.linear_cross_entropy import Part
 
+# How long a process that leaves waits for others: for one that is gone, and for one that still computes. With JAX's own
+# 100 and 300 seconds (jax 0.10), so long would nobody learn of an error that one process alone had.
+HEARTBEAT_SECONDS, SHUTDOWN_SECONDS = 20, 60
 _DIGEST_BYTES = 32
 _OF_LAYER = "decoder.layers.{layer}."
 LAYER = {row.name.removeprefix(_OF_LAYER): row.dims for row in SCHEMA if row.name.startswith(_OF_LAYER)}
@@ -293,6 +296,8 @@ def _missing_variables() -> Iterator[str]:
 def _initialize(*arguments) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
-        jax.distributed.initialize(*arguments)
+        jax.distributed.initialize(
+            *arguments, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=SHUTDOWN_SECONDS
+        )
     except RuntimeError as error:
         raise InputError("init_mesh", [f"processes are joined before JAX computes anything: {error}"]) from error

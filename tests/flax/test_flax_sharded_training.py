@@ -1,0 +1,167 @@
+"""Training of a model on a mesh: the numbers of one device, on any mesh and over processes; killed, and resumed."""
+
+import importlib.util
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from harness import save_random
+from processes import run_processes, started_processes
+
+from opt_flax.sharding import HEARTBEAT_SECONDS
+from opt_zoo.training_log import LOG
+
+WORKERS = Path(__file__).parent / "workers"
+
+
+def worker(name: str):
+    """The script as a module: what it does on a mesh is done here on one device."""
+    spec = importlib.util.spec_from_file_location(name, WORKERS / f"{name}.py")
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+trains = worker("train_on_mesh")
+ON_DEVICES = ["tensor=2 pre_norm", "fsdp=2,tensor=2 style_of_350m", "fsdp=2,tensor=2 resumed", "fsdp=4 shares"]
+IN_PROCESSES = ["fsdp=2 pre_norm", "fsdp=2 resumed", "fsdp=2 adapters", "fsdp=2 refused"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """With models, and two steps of a run on one device."""
+    folder = tmp_path_factory.mktemp("mesh")
+    for variant, config in trains.CONFIGS.items():
+        save_random(folder / "models" / variant, config)
+    trainer = trains.Trainer(trains.model_of(folder), trains.RECIPE, seed=5)
+    trains.steps_of(trainer, 0, 2)
+    trainer.save(folder / "single")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def singles(folder):
+    """What a case finds on one device, computed once."""
+    known: dict[str, dict[str, np.ndarray]] = {}
+    return lambda case: known.get(case) or known.setdefault(case, getattr(trains, case)(folder))
+
+
+@pytest.fixture(scope="module")
+def on_devices(folder) -> dict[str, np.ndarray]:
+    run_processes(WORKERS / "train_on_mesh.py", 1, folder, *ON_DEVICES, timeout=400)
+    return dict(np.load(folder / "rank0 of 1.npz"))
+
+
+@pytest.fixture(scope="module")
+def in_processes(folder) -> dict[str, np.ndarray]:
+    run_processes(WORKERS / "train_on_mesh.py", 2, folder, *IN_PROCESSES, timeout=400)
+    return dict(np.load(folder / "rank0 of 2.npz"))
+
+
+def of_case(found: dict[str, np.ndarray], case: str) -> dict[str, np.ndarray]:
+    return {name.removeprefix(f"{case}/"): x for name, x in found.items() if name.startswith(f"{case}/")}
+
+
+def compare(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> None:
+    """Float32 that was added up in another order, for five steps."""
+    for name, x in want.items():
+        np.testing.assert_allclose(got[name], x, rtol=2e-5, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("case", ON_DEVICES[:2])
+def test_steps_on_several_devices_are_those_of_one(on_devices, singles, case):
+    """Losses, norms, an evaluation, the logits of a prediction, every weight after five steps; with dropout."""
+    compare(of_case(on_devices, case), singles(case.split()[1]))
+
+
+@pytest.mark.parametrize("case", ["fsdp=2 pre_norm", "fsdp=2 adapters"])
+def test_steps_of_two_processes_are_those_of_one(in_processes, singles, case):
+    compare(of_case(in_processes, case), singles(case.split()[1]))
+
+
+def test_both_processes_have_the_same_numbers(folder, in_processes):
+    other = np.load(folder / "rank1 of 2.npz")
+    assert other.keys() == in_processes.keys()
+    for name, x in in_processes.items():
+        if "a file in the way" not in name:
+            np.testing.assert_array_equal(other[name], x, err_msg=name)
+
+
+@pytest.mark.parametrize(("found", "mesh"), [("on_devices", "tensor=2"), ("in_processes", "fsdp=2")])
+def test_moments_lie_as_their_weights_do_and_a_step_is_compiled_once(found, mesh, request):
+    case = of_case(request.getfixturevalue(found), f"{mesh} pre_norm")
+    assert case["misplaced"].tolist() == []
+    assert case["programs"].tolist() == [1, 1]
+
+
+def test_devices_share_weights_gradients_and_moments(on_devices, folder):
+    """A device of four is given a quarter of the weights, and leaves a quarter of the gradients and moments."""
+    got, whole = of_case(on_devices, "fsdp=4 shares"), trains.shares(folder)
+    for name, x in whole.items():
+        assert got[name] < 0.26 * x, name
+
+
+@pytest.mark.parametrize(("found", "mesh"), [("on_devices", "fsdp=2,tensor=2"), ("in_processes", "fsdp=2")])
+def test_a_run_goes_on_on_a_mesh_and_back_on_one_device(folder, singles, found, mesh, request):
+    """Weights, moments, step and seed."""
+    got, want = of_case(request.getfixturevalue(found), f"{mesh} resumed"), singles("resumed")
+    compare(got, want)
+    assert got["single state"].tolist() == [4, 5]
+    assert got["misplaced"].tolist() == []
+    trainer = trains.Trainer(trains.model_of(folder), trains.RECIPE)
+    trainer.restore(folder / "from a mesh")
+    np.testing.assert_allclose(trains.steps_of(trainer, 4, 1), got["after"], rtol=2e-5)
+
+
+def test_what_is_wrong_is_an_error_on_every_process(folder, in_processes):
+    got, other = (of_case(dict(np.load(folder / f"rank{rank} of 2.npz")), "fsdp=2 refused") for rank in (0, 1))
+    for name in ("rows", "evaluated rows"):
+        assert "batch: expected a multiple of 2 rows, got 3" in str(got[name])
+    assert "step 0: expected finite numbers, got a loss of nan" in str(got["not finite"])
+    assert "a file" in str(got["a file in the way"])
+    assert str(other["a file in the way"]).startswith("TrainingError: process 0: ")
+    assert got["unchanged"]
+    assert got["steps done"] == 0
+    assert other["agreed"] == 0
+
+
+# -- a process that is gone -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def unbroken(folder):
+    """The run on one device that nobody kills."""
+    return worker("train_until_killed").run(folder, folder / "unbroken")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [1, 0])
+def test_when_a_process_is_killed_the_other_stops_and_the_run_goes_on_elsewhere(folder, unbroken, victim):
+    """On two devices of one process, or on one device; with the losses of an unbroken run of one."""
+    killed, script = worker("train_until_killed"), WORKERS / "train_until_killed.py"
+    target = folder / f"killed {victim}"
+    with started_processes(script, 2, folder, target, "fsdp=2") as job:
+        wait_for_lines(target / LOG, 5)
+        job.kill(victim)
+        start = time.monotonic()
+        left = job.wait(timeout=60)[1 - victim]
+        assert time.monotonic() - start < HEARTBEAT_SECONDS + 10
+    assert left.returncode != 0
+    said = "another process is gone; started again, with any number of processes, a run resumes from its last"
+    # Of process 0, JAX's own service is gone too, for which JAX ends the other process, mostly a moment later.
+    assert said in left.stderr or (victim == 0 and "another task died" in left.stderr), left.stderr
+    if victim:
+        run_processes(script, 1, folder, target, "fsdp=2", timeout=300)
+    result = killed.run(folder, target)  # all of it, or what the devices have left: nothing
+    assert result.resumed_from == (killed.STEPS if victim else 4)
+    assert len(result.losses) == killed.STEPS
+    np.testing.assert_allclose(result.losses, unbroken.losses, rtol=2e-5)
+
+
+def wait_for_lines(path: Path, count: int, seconds: float = 200) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists() or len(path.read_text().splitlines()) < count:
+        assert time.monotonic() < end, f"{path} has no {count} lines"
+        time.sleep(0.05)
