@@ -298,8 +298,14 @@ def _dispatch(model, places: dict[str, Place]) -> None:
             model.offloaded.in_memory[name] = parameter.detach()
     if any(place in waiting for place in devices):
         model.requires_grad_(False)  # or a call would keep each layer's weights for a backward pass that changes none
-    import_accelerate().dispatch_model(model, places, main_device=main, state_dict=model.offloaded, offload_index={})
+    import_accelerate().hooks.attach_align_device_hook_on_blocks(
+        model,
+        execution_device={"": main, **{unit: main if place in waiting else place for unit, place in places.items()}},
+        offload={unit: place in waiting for unit, place in places.items()},
+        weights_map=model.offloaded,
+    )
     return_to_inputs(model, places)
+    model.hf_device_map = places
 
 
 def return_to_inputs(model: nn.Module, units: Iterable[str]) -> None:
