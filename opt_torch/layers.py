@@ -22,8 +22,6 @@ FEW_ROWS = 32  # up to here, reading the weights takes longer than multiplying w
 class Linear(nn.Linear):
     """x W^T + b with `weight` [out, in]; weights start normal with `init_std`, biases at zero."""
 
-    sharding_hooks = 0  # of each kind that `opt_torch.sharding` has put on it
-
     def __init__(self, in_features: int, out_features: int, *, bias: bool, init_std: float):
         self.init_std = init_std
         super().__init__(in_features, out_features, bias=bias)

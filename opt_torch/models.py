@@ -146,14 +146,14 @@ class OPTForCausalLM(GenerationMixin, OPTPreTrainedModel):
         self, hidden_BTE: Tensor, targets_BT: Tensor, *, keep_logits: bool = True
     ) -> tuple[Tensor, Tensor | None]:
         """The loss, and where they are kept the logits [B, T, V]."""
-        if not _is_plain(self.lm_head):
+        hidden_RE, weight_VE, part, kind = hidden_BTE.flatten(0, 1), self.lm_head.weight, None, Linear
+        if self.head_parts > 1:
+            from opt_torch.tensor_parallel import Head, vocabulary_part
+
+            hidden_RE, weight_VE, part, kind = *vocabulary_part(hidden_RE, weight_VE), Head
+        if not _is_plain(self.lm_head, kind):
             logits_BTV = self.logits(hidden_BTE)
             return losses.cross_entropy(logits_BTV, targets_BT), logits_BTV if keep_logits else None
-        hidden_RE, weight_VE, part = hidden_BTE.flatten(0, 1), self.lm_head.weight, None
-        if self.mesh is not None:
-            from opt_torch.sharding import vocabulary_part
-
-            hidden_RE, weight_VE, part = vocabulary_part(hidden_RE, weight_VE)
         loss, logits_RV = linear_cross_entropy(hidden_RE, weight_VE, targets_BT.flatten(), keep_logits, part)
         if part is not None and logits_RV is not None:
             logits_RV = part.whole(logits_RV)
@@ -282,7 +282,8 @@ class OPTForQuestionAnswering(OPTPreTrainedModel):
         return losses.question_answering_loss(start_BT, end_BT, starts_B, ends_B, mask_BT)
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _is_plain(module: nn.Module, kind: type = Linear) -> bool:
     """Whether the weight of this linear module says all: an adapter or a hook may compute more than `linear`."""
-    hooks = max(len(module._forward_hooks), len(module._forward_pre_hooks))
-    return type(module) is Linear and hooks == module.sharding_hooks and "forward" not in vars(module)
+    return type(module) is kind and not (
+        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    )

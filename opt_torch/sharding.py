@@ -1,8 +1,7 @@
 """A model over several processes, PyTorch: each holds parts of the weights, as the table of `opt_core.sharding` says.
 
-The engines are PyTorch's own: DTensor (`parallelize_module`) along the axis whose processes have the same rows, FSDP2
-(`fully_shard`) along those that have others. The layers know of neither: what they compute with is local, heads and
-columns of the feed-forward that the process has. With gloo on a CPU, nccl on CUDA.
+The engines are PyTorch's own: DTensor along the axis whose processes have the same rows, with the modules of
+`tensor_parallel.py`, and FSDP2 (`fully_shard`) along those that have others. With gloo on a CPU, nccl on CUDA.
 """
 
 import os
@@ -16,21 +15,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import (
-    DTensor,
-    Partial,
-    Replicate,
-    Shard,
-    distribute_module,
-    distribute_tensor,
-)
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from opt_core.errors import InputError, raise_if
 from opt_core.schema import shapes
 from opt_core.sharding import RULES, TENSOR_PARALLEL, Mesh, Rules, Spec, partition
+from opt_torch.attention import Attention
+from opt_torch.tensor_parallel import AttentionByHeads, kind_of
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 EMBEDDINGS = "decoder.embed_tokens.weight"
@@ -79,7 +71,7 @@ def shard_model(model, device_mesh: DeviceMesh, rules: Rules = RULES):
         dims = {name: _dim(specs[name], axes.sharding, None) for name in specs}
         _fully_shard(model, _batch_mesh(device_mesh, axes), dims)
     model.device_mesh, model.mesh, model.rules = device_mesh, mesh, rules
-    model.head_parts = mesh.size(axes.computing)
+    model.head_parts = mesh.size(axes.computing) if ("A", axes.computing) in rules.weights else 1
     return model
 
 
@@ -93,7 +85,7 @@ class Axes(NamedTuple):
 
 def _axes(mesh: Mesh, rules: Rules) -> Axes:
     cutting = {axis for _, axis in rules.weights}
-    computing = [name for name in mesh.names if name not in rules.batch]
+    computing = [name for name in mesh.names if name not in rules.batch and mesh.size(name) > 1]
     sharding = [name for name in mesh.names if name in rules.batch and name in cutting]
     replicating = [name for name in mesh.names if name in rules.batch and name not in cutting]
     problems = [
@@ -151,20 +143,17 @@ def _copy_from_first(model, device_mesh: DeviceMesh) -> None:
 
 
 def _parallelize(model, mesh: DeviceMesh, dims: Mapping[str, int | None]) -> None:
-    """Cuts each weight along its dimension, None for whole, and has each module compute with its part."""
-    plan = {}
+    """Cuts each weight along its dimension, None for whole, and has each module compute with the part that is here."""
     for path, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         for name, parameter in own.items():
             setattr(module, name, _part_of(parameter, mesh, dims[_canonical(f"{path}.{name}", dims)]))
         if own:
-            plan[path] = _style(module, dims[_canonical(f"{path}.weight", dims)], is_head=path == "lm_head")
-        elif path.endswith("self_attn"):
-            plan[path] = _LocalHeads()
-    parallelize_module(model, mesh, plan, src_data_rank=None)
+            module.__class__ = kind_of(path, module, dims[_canonical(f"{path}.weight", dims)])
+        elif isinstance(module, Attention) and dims[_canonical(f"{path}.q_proj.weight", dims)] == 0:
+            module.num_heads //= mesh.size()
+            module.__class__ = AttentionByHeads
     model.tie_weights()
-    if "lm_head" in plan:
-        model.lm_head.sharding_hooks = 1
 
 
 def _canonical(name: str, names: Mapping[str, object]) -> str:
@@ -180,93 +169,6 @@ def _part_of(parameter: nn.Parameter, mesh: DeviceMesh, dim: int | None) -> nn.P
         local = local.clone(memory_format=torch.contiguous_format)  # a view would keep the whole in memory
     part = DTensor.from_local(local, mesh, [placement], run_check=False)
     return nn.Parameter(part, requires_grad=parameter.requires_grad)
-
-
-def _style(module: nn.Module, dim: int | None, *, is_head: bool) -> ParallelStyle:
-    """How a module computes whose weight is cut along `dim`: a linear one is (out, in)."""
-    if dim is None:
-        return _Whole()
-    if isinstance(module, nn.Embedding):
-        return RowwiseParallel(input_layouts=Replicate())
-    if dim == 1:
-        return RowwiseParallel()
-    return _Head(output_layouts=Replicate()) if is_head else ColwiseParallel()
-
-
-class _Head(ColwiseParallel):
-    """Logits of the whole vocabulary, for a caller: there when they are returned, not when they are first used."""
-
-    @staticmethod
-    def _prepare_output_fn(output_layouts, use_local_output, mod, outputs, device_mesh):
-        return outputs.redistribute(placements=output_layouts).to_local()
-
-
-class _Whole(ParallelStyle):
-    """All compute the same with the same: weights that stay whole are DTensors too, for optimizers take one kind."""
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        return distribute_module(module, device_mesh, None, self._prepare, self._finish)
-
-    @staticmethod
-    def _prepare(module, inputs, mesh):
-        return DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False)
-
-    @staticmethod
-    def _finish(module, output, mesh):
-        return output.to_local()
-
-
-class _LocalHeads(ParallelStyle):
-    """Attention of the heads that this process has; masks of heads and weights that it returns are of all."""
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        module.num_heads //= device_mesh.size()
-        return distribute_module(module, device_mesh, None, self._prepare, self._finish)
-
-    @staticmethod
-    def _prepare(module, inputs, mesh):
-        x_BTD, *others, head_mask_N = inputs
-        # One DTensor for q, k and v: the sum of their gradients is then summed over the processes once.
-        x_BTD = DTensor.from_local(x_BTD, mesh, [Replicate()], run_check=False)
-        if head_mask_N is not None:
-            head_mask_N = DTensor.from_local(head_mask_N, mesh, [Replicate()], run_check=False)
-            head_mask_N = head_mask_N.redistribute(placements=[Shard(0)]).to_local()
-        return x_BTD, *others, head_mask_N
-
-    @staticmethod
-    def _finish(module, output, mesh):
-        y_BTD, present, weights_BNTS = output
-        if weights_BNTS is not None:
-            weights_BNTS = DTensor.from_local(weights_BNTS, mesh, [Shard(1)], run_check=False).full_tensor()
-        return y_BTD, present, weights_BNTS
-
-
-class VocabularyPart(NamedTuple):
-    """The columns of the logits that this process has, for a loss that never gathers them."""
-
-    mesh: DeviceMesh
-    first: int
-
-    def total(self, x: Tensor, how: str = "sum") -> Tensor:
-        """The sum, or what else `how` says, over the processes."""
-        return DTensor.from_local(x, self.mesh, [Partial(how)], run_check=False).full_tensor()
-
-    def whole(self, logits_RV: Tensor) -> Tensor:
-        """The columns of all."""
-        return DTensor.from_local(logits_RV, self.mesh, [Shard(1)], run_check=False).full_tensor()
-
-
-def vocabulary_part(hidden_RE: Tensor, weight_VE: Tensor) -> tuple[Tensor, Tensor, VocabularyPart | None]:
-    """Both for a head that computes with the rows of the weight that are here; None where it has all."""
-    if not isinstance(weight_VE, DTensor):
-        return hidden_RE, weight_VE, None
-    mesh, (placement,) = weight_VE.device_mesh, weight_VE.placements
-    if not placement.is_shard(0):
-        return hidden_RE, weight_VE.to_local(), None
-    hidden_RE = DTensor.from_local(hidden_RE, mesh, [Replicate()], run_check=False)
-    local_VE = weight_VE.to_local()
-    part = VocabularyPart(mesh, first=mesh.get_local_rank() * len(local_VE))
-    return hidden_RE.to_local(grad_placements=[Partial()]), local_VE, part
 
 
 # -- other rows: FSDP -------------------------------------------------------------------------------------------------

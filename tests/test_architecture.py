@@ -42,7 +42,7 @@ ONLY_SOME_HAVE = {
     "processes.py",
     "replicas.py",
     "distributed_checkpoint.py",
-    "agreement.py",
+    *("agreement.py", "tensor_parallel.py"),
     "cuda_graph.py",
     "compilation_cache.py",
 }
