@@ -2,8 +2,8 @@
 
 Parts are read from the file, run by run, into memory of their own: some rows of a matrix are one run, some columns one
 for each row. Views on the file's map, which whole tensors are, would bring more into memory. Between columns are the
-others, and around rows Linux maps what it has at hand, 2 MB at most on either side: for opt-1.3b cut in four that were
-up to 335 MB a process beyond its 665 (Linux 6.18). Formats that do not keep a tensor in one piece give it whole, and it
+others, and around rows Linux maps what it has at hand, 2 MB at most on either side: for opt-1.3b cut in four that was
+255 MB a process beyond its 665 (Linux 6.18). Formats that do not keep a tensor in one piece give it whole, and it
 is cut. Which device holds what is `opt_core.sharding`'s business.
 """
 
