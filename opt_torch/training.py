@@ -29,6 +29,8 @@ from opt_torch.optimization import gradient_norm, make_optimizer, name_of
 from opt_torch.processes import other_processes, part_of_batch, sum_of_parts, whole_rows
 from opt_torch.sharding import as_part, own_slices, slices_of, write_from_first
 
+POSITIONS = ("start_positions", "end_positions")
+
 
 class Trainer:
     """Changes a model step by step, by a recipe.
@@ -81,17 +83,20 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, batch: Mapping[str, np.ndarray]) -> float:
         """The loss of a batch, without dropout."""
-        ((part, share),) = self._parts(batch, 1)
+        ((part, shares),) = self._parts(batch, 1)
         with self._others():
-            return sum_of_parts(self.model, float(self.model.eval()(**part, **self._options).loss) * share)
+            out = self.model.eval()(**part, **self._options)
+            return sum_of_parts(self.model, float(self._loss(out, part, shares)))
 
     @torch.no_grad()
     def predict(self, batch: Mapping[str, np.ndarray]):
         """The outputs for a batch, without dropout; on every process those of all rows."""
-        ((part, share),) = self._parts(batch, 1)
+        ((part, shares),) = self._parts(batch, 1)
         with self._others():
             out = self.model.eval()(**part, use_cache=False)
-            loss = None if out.loss is None else out.loss.new_tensor(sum_of_parts(self.model, float(out.loss) * share))
+            loss = out.loss
+            if loss is not None:
+                loss = loss.new_tensor(sum_of_parts(self.model, float(self._loss(out, part, shares))))
             rows = {name: whole_rows(self.model, x) for name, x in out._asdict().items() if name != "loss"}
         return type(out)(loss=loss, **rows)
 
@@ -164,37 +169,39 @@ class Trainer:
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         loss = 0.0
         with torch.random.fork_rng(devices):
-            for number, (part, share) in enumerate(self._parts(batch, self.accumulate)):
+            for number, (part, shares) in enumerate(self._parts(batch, self.accumulate)):
                 torch.manual_seed(_mixed(self.seed, self.step_count, number, self.part))
-                part_loss = self.model(**part, **self._options).loss * share
+                part_loss = self._loss(self.model(**part, **self._options), part, shares)
                 (part_loss * self.parts).backward()  # the engine takes the mean over the processes
                 loss += float(part_loss.detach())
         return sum_of_parts(self.model, loss)
 
-    def _parts(
-        self, batch: Mapping[str, np.ndarray], accumulate: int
-    ) -> list[tuple[dict[str, Tensor], Tensor | float]]:
-        """The rows of this process in parts, each with its share of the predictions that count in the whole batch."""
+    def _parts(self, batch: Mapping[str, np.ndarray], accumulate: int) -> list[tuple[dict[str, Tensor], list[float]]]:
+        """The rows of this process in parts, each with its shares of the targets that count in the whole batch."""
         batch = {name: as_tensor(x, self.model.device) for name, x in batch.items()}
         number = accumulate * self.parts
         if number == 1:
-            return [(batch, 1.0)]
+            return [(batch, [1.0])]
         rows = {len(x) for x in batch.values()}
         if any(count % number for count in rows):
             of_what = "accumulate" if self.parts == 1 else f"accumulate x {self.parts} processes"
             raise InputError("batch", [f"expected rows in {number} equal parts ({of_what}), got {max(rows)}"])
         columns = (x.chunk(number) for x in batch.values())
         parts = [dict(zip(batch, part, strict=True)) for part in zip(*columns, strict=True)]
-        counts = torch.tensor([float(self._predictions(part)) for part in parts], dtype=torch.float64)
-        shares = (counts / counts.sum().clamp(min=1)).tolist()
+        counts = torch.tensor([_counted_targets(self.model, part) for part in parts], dtype=torch.float64)
+        shares = (counts / counts.sum(0).clamp(min=1)).tolist()
         return list(zip(parts, shares, strict=True))[self.part * accumulate :][:accumulate]
 
-    def _predictions(self, batch: Mapping[str, Tensor]) -> Tensor | int:
-        """How many targets of a language model count; of another task, the rows."""
-        if self.model.task != "causal-lm" or "labels" not in batch:
-            return len(next(iter(batch.values())))
-        targets_BT = losses.causal_lm_targets(batch["labels"], batch.get("attention_mask"), batch.get("segment_ids"))
-        return (targets_BT != IGNORED_LABEL).sum()
+    def _loss(self, out, part: Mapping[str, Tensor], shares: list[float]) -> Tensor:
+        """What a part adds to the loss of the whole batch, by its outputs and its shares of the targets."""
+        if len(shares) == 1:
+            return out.loss * shares[0]
+        starts_B, ends_B = (part[name].reshape(-1) for name in POSITIONS)
+        none_B = torch.full_like(starts_B, IGNORED_LABEL)
+        logits, mask_BT = (out.start_logits, out.end_logits), part.get("attention_mask")
+        pairs = (starts_B, none_B), (none_B, ends_B)
+        means = (losses.question_answering_loss(*logits, *pair, mask_BT) for pair in pairs)
+        return sum(mean * share for mean, share in zip(means, shares, strict=True))
 
     def _read_weights(self, folder) -> None:
         model, dtype = self.model, str(self.model.dtype).removeprefix("torch.")
@@ -251,3 +258,23 @@ class _Whole(NamedTuple):
 def _mixed(*numbers: int) -> int:
     """A seed of PyTorch's that depends on all of them."""
     return int(np.random.SeedSequence([number % 2**64 for number in numbers]).generate_state(1, np.uint64)[0])
+
+
+def _counted_targets(model, part: Mapping[str, Tensor]) -> list[float]:
+    """How many targets count of each mean that the loss is made of: one, or those of starts and of ends."""
+    if model.task == "question-answering":
+        return [_counted_positions(part[name], part) for name in POSITIONS]
+    labels = part["labels"]
+    if model.task == "causal-lm":
+        labels = losses.causal_lm_targets(labels, part.get("attention_mask"), part.get("segment_ids"))
+    elif model.config.problem_type_of(str(labels.dtype).removeprefix("torch.")) != "single_label_classification":
+        return [float(len(labels))]
+    return [float((labels != IGNORED_LABEL).sum())]
+
+
+def _counted_positions(positions_B: Tensor, part: Mapping[str, Tensor]) -> float:
+    """Those of real tokens."""
+    x_BT = part["input_ids"] if "input_ids" in part else part["inputs_embeds"][..., 0]
+    real_BT = part.get("attention_mask", torch.ones_like(x_BT)) != 0
+    columns_T = torch.arange(x_BT.shape[1], device=x_BT.device)
+    return float((real_BT & (positions_B.reshape(-1, 1) == columns_T)).sum())

@@ -76,6 +76,18 @@ def check_steps(folder, found, mesh, case):
             np.testing.assert_allclose(got[name], x, rtol=1e-7 if "loss" in name else 1e-9, atol=1e-9, err_msg=name)
 
 
+@pytest.mark.parametrize("mesh", MESHES)
+def test_other_heads_are_trained_as_well(folder, found, mesh):
+    got, want, in_parts = (
+        of_case(found, mesh, "other heads"),
+        *(trains.other_heads(folder, accumulate=accumulate) for accumulate in (1, 4)),
+    )
+    assert got.keys() == want.keys()
+    for name, x in want.items():
+        np.testing.assert_allclose(got[name], x, rtol=1e-7, atol=1e-9, err_msg=name)
+        np.testing.assert_allclose(in_parts[name], x, rtol=1e-7, atol=1e-9, err_msg=name)
+
+
 def test_every_process_has_the_same_numbers(folder, found):
     check_same(found, np.load(folder / "rank1.npz"))
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from harness import VARIANTS, mask_named, token_ids
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -18,7 +19,7 @@ from opt_core.optimization import TrainingRecipe
 from opt_core.reference import IGNORED_LABEL
 from opt_core.schema import shapes
 from opt_core.sharding import Rules
-from opt_torch import OPTForCausalLM
+from opt_torch import OPTForCausalLM, OPTForQuestionAnswering, OPTForSequenceClassification
 from opt_torch.distributed_checkpoint import restore_distributed, save_distributed
 from opt_torch.sharding import init_mesh, shard_model, whole_tensor
 from opt_torch.training import Trainer
@@ -66,6 +67,26 @@ def training(folder: Path, variant: str, mesh=None, **options) -> dict[str, np.n
     out = trainer.predict(batch_of(STEPS))
     found |= {"predicted": out.logits.numpy(), "predicted loss": out.loss.numpy()}
     return found | {name: whole_tensor(model.weight(name)).numpy() for name in shapes(model.config)}
+
+
+def other_heads(folder: Path, mesh=None, **options) -> dict[str, np.ndarray]:
+    """Two steps of a classifier and of one that answers questions, and what they say then.
+
+    Labels are left out in the first rows; starts and ends, many at padding, count unequally often.
+    """
+    found, numbers = {}, np.arange(8)
+    for model_class, labels, output in (
+        (OPTForSequenceClassification, dict(labels=np.where(numbers < 3, IGNORED_LABEL, numbers % 3)), "logits"),
+        (OPTForQuestionAnswering, dict(start_positions=numbers + 3, end_positions=numbers), "end_logits"),
+    ):
+        torch.manual_seed(0)  # of the head, which the checkpoint has not
+        model = model_class.from_pretrained(folder / "models" / "pre-norm", num_labels=3).double()
+        trainer = Trainer(model if mesh is None else shard_model(model, mesh), RECIPE, **options)
+        batch = {name: batch_of(0)[name] for name in ("input_ids", "attention_mask")} | labels
+        losses = [*(trainer.step(batch) for _ in range(2)), trainer.evaluate(batch)]
+        out = trainer.predict(batch)
+        found |= {f"{output} {name}": x for name, x in (("losses", losses), ("values", getattr(out, output).numpy()))}
+    return {name: np.array(x) for name, x in found.items()}
 
 
 def dropping(folder: Path, mesh=None) -> dict[str, np.ndarray]:
@@ -137,6 +158,7 @@ def main(folder: Path, meshes: Sequence[str]) -> None:
         mesh = init_mesh(text, "cpu")
         cases = {variant: training(folder, variant, mesh) for variant in CONFIGS}
         cases["in parts"] = training(folder, "pre-norm", mesh, accumulate=2)
+        cases["other heads"] = other_heads(folder, mesh)
         cases["dropout"] = dropping(folder, mesh)
         cases["saved"] = saved_and_restored(folder, text, mesh)
         cases["distributed"] = distributed(folder, text, mesh, meshes[0])
