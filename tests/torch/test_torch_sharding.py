@@ -185,6 +185,19 @@ def test_a_head_that_the_checkpoint_lacks_is_drawn_once_for_all(found, folder, t
             assert np.linalg.norm(arrays[name] - x) <= 2 * FLOAT32 * np.linalg.norm(x), name
 
 
+def test_rules_may_cut_less(found, folder):
+    model = worker.OPTForCausalLM.from_pretrained(folder / "models" / "pre-norm")
+    with torch.no_grad():
+        want = model(worker.IDS, labels=worker.LABELS)
+    for arrays in found("tensor=2", "rules"):
+        assert arrays.keys() == {"A", "F", "V", "A's loss", "F's loss", "V's loss"}
+        for name, x in arrays.items():
+            if name.endswith("loss"):
+                assert x == pytest.approx(want.loss.numpy(), rel=FLOAT32)
+            else:
+                assert worst_row(x, want.logits.numpy()) <= 2 * FLOAT32, name
+
+
 @each_mesh
 def test_what_cannot_be_done_is_refused_on_every_process(found, text):
     axis = "tensor" if "tensor" in text else "fsdp"

@@ -107,6 +107,19 @@ def with_new_head(folder: Path, mesh=None) -> dict[str, np.ndarray]:
     return found
 
 
+def with_other_rules(folder: Path, mesh) -> dict[str, np.ndarray]:
+    """Logits and a loss where only heads, the feed-forward or the vocabulary are cut."""
+    found = {}
+    for letter in "AFV":
+        model = OPTForCausalLM.from_pretrained(folder / "models" / "pre-norm")
+        model = shard_model(model, mesh, Rules(((letter, "tensor"),)))
+        assert model.init_cache(1, 5).keys[0].shape[1] == (2 if letter == "A" else 4)
+        with torch.no_grad():
+            found[letter] = model(IDS).logits.numpy()
+            found[f"{letter}'s loss"] = model(IDS, labels=LABELS, logits_to_keep=1).loss.numpy()
+    return found
+
+
 def refusals(folder: Path, mesh) -> dict[str, str]:
     """The messages of errors, which every process must raise."""
     rank, load = dist.get_rank(), OPTForCausalLM.from_pretrained
@@ -186,6 +199,8 @@ def main(folder: Path) -> None:
             arrays = loaded(folder, variant, mesh, text) | sharded(folder, variant, mesh)
             found |= {f"{text}/{variant}/{name}": x for name, x in arrays.items()}
         found |= {f"{text}/heads/{name}": x for name, x in with_new_head(folder, mesh).items()}
+        if text == "tensor=2":
+            found |= {f"{text}/rules/{name}": x for name, x in with_other_rules(folder, mesh).items()}
         refused[text] = refusals(folder, mesh)
     rank = dist.get_rank()
     np.savez(folder / f"{processes}.{rank}.npz", **found)
