@@ -262,9 +262,11 @@ def _mixed(*numbers: int) -> int:
 
 def _counted_targets(model, part: Mapping[str, Tensor]) -> list[float]:
     """How many targets count of each mean that the loss is made of: one, or those of starts and of ends."""
-    if model.task == "question-answering":
+    if part.keys() >= set(POSITIONS):
         return [_counted_positions(part[name], part) for name in POSITIONS]
-    labels = part["labels"]
+    labels = part.get("labels")
+    if labels is None:
+        return [1.0]
     if model.task == "causal-lm":
         labels = losses.causal_lm_targets(labels, part.get("attention_mask"), part.get("segment_ids"))
     elif model.config.problem_type_of(str(labels.dtype).removeprefix("torch.")) != "single_label_classification":

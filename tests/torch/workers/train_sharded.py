@@ -84,7 +84,8 @@ def other_heads(folder: Path, mesh=None, **options) -> dict[str, np.ndarray]:
         trainer = Trainer(model if mesh is None else shard_model(model, mesh), RECIPE, **options)
         batch = {name: batch_of(0)[name] for name in ("input_ids", "attention_mask")} | labels
         losses = [*(trainer.step(batch) for _ in range(2)), trainer.evaluate(batch)]
-        out = trainer.predict(batch)
+        out = trainer.predict({name: x for name, x in batch.items() if name not in labels})
+        assert out.loss is None
         found |= {f"{output} {name}": x for name, x in (("losses", losses), ("values", getattr(out, output).numpy()))}
     return {name: np.array(x) for name, x in found.items()}
 
