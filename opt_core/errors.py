@@ -39,7 +39,7 @@ class CheckpointError(ProblemsError):
 
 
 class TrainingError(ProblemsError):
-    """A step that would spoil the weights: a loss or a gradient that is not finite."""
+    """A step that would spoil the weights, by a loss or a gradient that is not finite, or that lacks a process."""
 
 
 class InputError(ProblemsError):
