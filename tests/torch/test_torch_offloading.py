@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import SIZES, config_of, mask_named, save_random, token_ids
+from harness import SIZES, config_of, mask_named, rounded_weights, save_random, token_ids
 
-from conversion import open_checkpoint
-from opt_core.errors import InputError, MissingFrameworkError
+from conversion import open_checkpoint, write_checkpoint
+from opt_core.errors import CheckpointError, InputError, MissingFrameworkError
 from opt_core.lora import LoraConfig
 from opt_core.schema import shapes
 from opt_torch import OPTForCausalLM, OPTForSequenceClassification, OPTModel, offloading
@@ -110,6 +110,21 @@ def test_weights_of_any_format_and_dtype_wait_on_disk(tmp_path, format, dtype, k
     del model
     gc.collect()
     assert not any(path.exists() for path in copies)
+
+
+def test_values_that_the_dtype_cannot_hold_are_named_when_they_are_needed(tmp_path):
+    name, config = "decoder.layers.1.fc1.bias", config_of()
+    weights = rounded_weights(config)
+    weights[name][3] = 1e6
+    write_checkpoint(tmp_path, config, weights)
+    model = spread(tmp_path, dtype="float16")
+    message = rf"{name}: expected values within the range of float16, got 1e\+06"
+    with pytest.raises(CheckpointError, match=message):
+        model(token_ids(config))
+    with pytest.raises(CheckpointError, match=message):
+        spread(tmp_path, dtype="float16", offload_folder=tmp_path / "copies")
+    gc.collect()
+    assert not list(tmp_path.glob("copies/*"))
 
 
 def test_a_tied_head_is_read_with_the_embeddings_and_counted_once(folder):
