@@ -19,7 +19,7 @@ from opt_core.lora import MODULES
 from opt_tf import cache
 from opt_tf.blockwise import BLOCK, blockwise_attention
 from opt_tf.cudnn import cudnn_attention, cudnn_problems
-from opt_tf.layers import Linear, Module, at_least_float32, dims, drop_values
+from opt_tf.layers import Linear, Module, at_least_float32, dims, drop_values, on_mesh
 from opt_tf.rowwise import LONGEST, rowwise_attention
 
 FUSED = ("flash_attention_2", "cudnn")  # cuDNN's kernel is the one that both names mean
@@ -81,7 +81,7 @@ class Attention(Module):
         self, q_BNTH, k_BNSH, v_BNSH, lengths_B, output_attentions, first_BT=None, seed=None
     ) -> tuple[Tensor, Tensor | None]:
         dropout, name = 0.0 if seed is None else self.dropout, self.attn_implementation
-        if output_attentions or name == "eager":
+        if output_attentions or name == "eager" or on_mesh():
             return eager_attention(q_BNTH, k_BNSH, v_BNSH, lengths_B, dropout, first_BT, seed)
         if lengths_B is not None:
             return cached_attention(q_BNTH, k_BNSH, v_BNSH, lengths_B, dropout, seed), None
@@ -163,7 +163,9 @@ def attend_mask(T: int | Tensor, S: int | Tensor, lengths_B: Tensor | None, firs
     query_T, slot_S = tf.range(T, dtype=tf.int64), tf.range(S, dtype=tf.int64)
     last_BT = query_T[None] if lengths_B is None else lengths_B[:, None] + query_T
     mask_BTS = slot_S <= last_BT[..., None]
-    return (mask_BTS if first_BT is None else mask_BTS & (slot_S >= tf.cast(first_BT, tf.int64)[..., None]))[:, None]
+    if first_BT is not None:
+        mask_BTS &= slot_S >= tf.cast(first_BT, tf.int64)[..., None]
+    return tf.expand_dims(mask_BTS, 1)  # an index would end the process on a mesh (DTensor of TensorFlow 2.21)
 
 
 def check_implementation(attn_implementation: str, config: OPTConfig, dtype: str) -> None:

@@ -11,7 +11,7 @@ import tensorflow as tf
 from tensorflow import Tensor
 
 from opt_core.config import OPTConfig
-from opt_tf.layers import dims
+from opt_tf.layers import dims, on_mesh
 
 
 class Cache(NamedTuple):
@@ -57,12 +57,23 @@ def grow(cache: Cache, tokens: int | Tensor) -> Cache:
 def write(buffer_BNSH: Tensor, x_BNTH: Tensor, lengths_B: Tensor) -> Tensor:
     """The buffer with T new tokens behind the filled slots of each row."""
     B, N, T, _ = dims(x_BNTH)
+    if on_mesh():
+        return _write_on_mesh(buffer_BNSH, x_BNTH, lengths_B)
     rows_BNT = tf.broadcast_to(tf.range(B, dtype=tf.int64)[:, None, None], [B, N, T])
     heads_BNT = tf.broadcast_to(tf.range(N, dtype=tf.int64)[None, :, None], [B, N, T])
     slots_BT = lengths_B[:, None] + tf.range(T, dtype=tf.int64)
     slots_BNT = tf.broadcast_to(slots_BT[:, None], [B, N, T])
     index = tf.stack([rows_BNT, heads_BNT, slots_BNT], axis=-1)
     return tf.tensor_scatter_nd_update(buffer_BNSH, index, tf.cast(x_BNTH, buffer_BNSH.dtype))
+
+
+def _write_on_mesh(buffer_BNSH: Tensor, x_BNTH: Tensor, lengths_B: Tensor) -> Tensor:
+    """The same without a scatter, which ends the process where the heads are cut (DTensor of TensorFlow 2.21)."""
+    S, T = buffer_BNSH.shape[2], x_BNTH.shape[2]
+    token_BS = tf.range(S, dtype=tf.int64) - lengths_B[:, None]
+    new_BNSH = tf.gather(x_BNTH, tf.clip_by_value(token_BS, 0, T - 1), axis=2, batch_dims=1)
+    is_new_BS = (token_BS >= 0) & (token_BS < T)
+    return tf.where(is_new_BS[:, None, :, None], tf.cast(new_BNSH, buffer_BNSH.dtype), buffer_BNSH)
 
 
 def with_capacity(cache: Cache, capacity: int) -> Cache:

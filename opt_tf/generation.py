@@ -59,7 +59,7 @@ class GenerationMixin:
         """
         request = self._request(input_ids, attention_mask, generation_config, assistant_model, max_new_tokens, options)
         models = [model for model in (self, assistant_model) if model is not None]
-        if request.is_plain:
+        if request.is_plain and self.placement is None:
             return tf.concat([tf.constant(request.plan.input_ids), self._search(request.plan)], axis=1)
         out = as_arrays(search(request, *map(ModelStepper, models)), tf.constant)
         return out if request.settings.return_dict_in_generate else out.sequences

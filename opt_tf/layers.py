@@ -15,6 +15,7 @@ from tensorflow import Tensor
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 from tensorflow.compiler.tf2xla.python import xla
 from tensorflow.compiler.xla import xla_data_pb2
+from tensorflow.experimental import dtensor
 from tensorflow.python.ops import control_flow_util
 
 from opt_core.config import LAYER_NORM_EPS
@@ -141,12 +142,28 @@ class Embedding(Module):
         table = self.weight.value
         if table.dtype == tf.bfloat16 and _in_xla_on_cpu():
             table, index = _kept(tf.convert_to_tensor(table), index)
-        rows = tf.cast(tf.gather(table, index), self.compute_dtype)
+        rows = _rows_on_mesh(self.weight, index) if on_mesh() else tf.gather(table, index)
+        rows = tf.cast(rows, self.compute_dtype)
         if tf.executing_eagerly():
             return rows
         # XLA clamps an index out of range; NaN is what a compiled function can answer in place of an error.
         in_range = (index >= 0) & (index < self.weight.shape[0])
         return tf.where(in_range[..., None], rows, tf.constant(float("nan"), rows.dtype))
+
+
+def _rows_on_mesh(table: keras.Variable, index: Tensor) -> Tensor:
+    """Rows of a table that devices share: each looks up those that it has, and they add them up.
+
+    DTensor (TensorFlow 2.21) looks up in a whole table alone. This is what Megatron does (Shoeybi et al.,
+    arXiv:1909.08053, section 3), for all parts of the table at a time.
+    """
+    P, (V, E) = table.value.used_layout.num_shards(0), table.shape
+    first_P1 = tf.range(0, V, V // P, dtype=index.dtype)[:, None]
+    local_PR = tf.reshape(index, [1, -1]) - first_P1
+    is_here_PR = (local_PR >= 0) & (local_PR < V // P)
+    rows_PRE = tf.gather(tf.reshape(in_use(table), [P, V // P, E]), tf.where(is_here_PR, local_PR, 0), batch_dims=1)
+    rows_RE = tf.reduce_sum(tf.where(is_here_PR[..., None], rows_PRE, tf.zeros([], rows_PRE.dtype)), axis=0)
+    return tf.reshape(rows_RE, [*index.shape, E])
 
 
 class LayerNorm(Module):
@@ -167,7 +184,7 @@ class LayerNorm(Module):
     def call(self, x: Tensor) -> Tensor:
         wide = _standardised(at_least_float32(x))
         if self.weight is not None:
-            wide = wide * tf.cast(self.weight, wide.dtype) + tf.cast(self.bias, wide.dtype)
+            wide = wide * tf.cast(in_use(self.weight), wide.dtype) + tf.cast(in_use(self.bias), wide.dtype)
         return tf.cast(wide, x.dtype)
 
 
@@ -188,12 +205,12 @@ def _standardised(x: Tensor):
 def linear(x: Tensor, weight: keras.Variable, bias: keras.Variable | None = None) -> Tensor:
     """x W^T + b in the dtype of `x`; leading dimensions are joined, since TensorFlow broadcasts W otherwise."""
     out_features, in_features = weight.shape
-    rows_RI, weight = tf.reshape(x, [-1, in_features]), tf.cast(weight, x.dtype)
+    rows_RI, weight = tf.reshape(x, [-1, in_features]), tf.cast(in_use(weight), x.dtype)
     if _in_xla_on_cpu():
         rows_RO = tf.cast(_xla_product(rows_RI, weight), x.dtype)
     else:
         rows_RO = tf.matmul(rows_RI, weight, transpose_b=True)
-    rows_RO = rows_RO if bias is None else tf.nn.bias_add(rows_RO, tf.cast(bias, x.dtype))
+    rows_RO = rows_RO if bias is None else tf.nn.bias_add(rows_RO, tf.cast(in_use(bias), x.dtype))
     return tf.reshape(rows_RO, [*dims(x)[:-1], out_features])
 
 
@@ -239,6 +256,16 @@ def _kept(table: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 def _in_xla_on_cpu() -> bool:
     """Whether what is traced now belongs to a function with `jit_compile` and there is no GPU."""
     return control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()) and not has_gpu()
+
+
+def on_mesh() -> bool:
+    """Whether what is traced now is to be split over a mesh of devices (`sharding.py`)."""
+    return dtensor.get_default_mesh() is not None
+
+
+def in_use(weight: keras.Variable) -> keras.Variable | Tensor:
+    """A weight as it is computed with: on a mesh whole along the axes that cut rows, along which it may lie cut."""
+    return dtensor.relayout(weight.value.read_value(), weight.value.used_layout) if on_mesh() else weight
 
 
 def has_gpu() -> bool:

@@ -12,7 +12,8 @@ from tensorflow.python.eager import record
 
 from opt_core.reference import IGNORED_LABEL
 from opt_tf.blockwise import loop
-from opt_tf.layers import at_least_float32, dims, linear
+from opt_tf.layers import at_least_float32, dims, linear, on_mesh
+from opt_tf.losses import cross_entropy
 
 ROWS = 256  # of logits at a time
 
@@ -28,6 +29,9 @@ def linear_cross_entropy(
     Raises:
         NotImplementedError: when its gradients are to be differentiated.
     """
+    if on_mesh():  # DTensor splits the plain formula, and no loop
+        logits_RV = linear(hidden_RE, weight_VE)
+        return cross_entropy(logits_RV, targets_R), logits_RV if keep_logits else None
     frozen = not getattr(weight_VE, "trainable", True)  # a variable of a model that trains adapters alone
     weight_VE = tf.convert_to_tensor(weight_VE)
     logits_RV = linear(hidden_RE, weight_VE) if keep_logits else None

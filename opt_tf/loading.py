@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from tensorflow import Tensor
+from tensorflow.experimental import dtensor
 
 from conversion import push_folder, write_checkpoint
 from conversion.parameters import read_parameters
@@ -13,7 +14,9 @@ from conversion.pretrained import Pretrained, open_pretrained
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
 from opt_core.schema import published_name, shapes
+from opt_core.sharding import RULES
 from opt_tf.layers import Module, no_values
+from opt_tf.sharding import Placement, place, set_value, specs_on
 
 ALIGNMENT = 64  # bytes; TensorFlow's kernels end the process over memory of a smaller one
 
@@ -37,6 +40,7 @@ class LoadingMixin:
         token=None,
         subfolder: str | None = None,
         device=None,
+        device_mesh: dtensor.Mesh | None = None,
         output_loading_info: bool = False,
         **overrides,
     ):
@@ -50,12 +54,17 @@ class LoadingMixin:
             dtype: None for float32, "auto" for the stored one, a dtype or its name, or a Keras policy or its name, such
                 as "mixed_bfloat16". `torch_dtype` is an alias.
             device: where the variables go, e.g. "/GPU:1"; by default where TensorFlow puts them.
-            output_loading_info: also return which weights the checkpoint lacked or had in excess.
+            device_mesh: a mesh (`opt_tf.sharding.init_mesh`) over whose devices the model is cut, one weight after
+                another, for inference; its layout is that of `opt_core.sharding.RULES`.
+            output_loading_info: also return which weights the checkpoint lacked or had in excess, and "bytes_read", of
+                weights from the files.
             overrides: fields of the config, e.g. `num_labels=3`.
 
         Raises:
             ConfigError, CheckpointError, InputError: everything wrong with the files or arguments; nothing is loaded.
         """
+        if device is not None and device_mesh is not None:
+            raise InputError("from_pretrained", ["device, device_mesh: expected one of them, got both"])
         dtype = dtype if dtype is not None else torch_dtype
         policy = _mixed_policy(dtype)
         pretrained = open_pretrained(
@@ -71,22 +80,34 @@ class LoadingMixin:
             token=token,
             subfolder=subfolder,
         )
-        model = cls._from_checkpoint(pretrained, attn_implementation, device, policy)
+        placement = None if device_mesh is None else Placement(device_mesh, RULES)
+        model = cls._from_checkpoint(pretrained, attn_implementation, device, policy, placement)
         if pretrained.generation_config is not None:
             model.generation_config = pretrained.generation_config
         info = {"missing_keys": list(pretrained.new), "unexpected_keys": list(pretrained.unused)}
+        info["bytes_read"] = pretrained.checkpoint.bytes_read
         return (model, info) if output_loading_info else model
 
     @classmethod
-    def _from_checkpoint(cls, pretrained: Pretrained, attn_implementation: str, device, policy=None):
-        with tf.device(device), no_values():
+    def _from_checkpoint(
+        cls, pretrained: Pretrained, attn_implementation: str, device, policy=None, placement: Placement | None = None
+    ):
+        with tf.device(device if placement is None else "CPU:0"), no_values():
             model = cls(pretrained.config, attn_implementation=attn_implementation, dtype=policy or pretrained.dtype)
+        specs = {} if placement is None else specs_on(placement, model)
         for name in pretrained.new:
             owner_of(model, published_name(name, cls.task))[0].reset_parameters()
         stored = [name for name in shapes(pretrained.config, cls.task) if name not in pretrained.new]
         for name, array in read_parameters(pretrained.checkpoint, stored, pretrained.dtype, alignment=ALIGNMENT):
-            owner, attribute = owner_of(model, published_name(name, cls.task))
-            getattr(owner, attribute).assign(from_numpy(array))
+            if placement is None:
+                model.weight(name).assign(from_numpy(array))
+            else:
+                set_value(model.weight(name), placement, array, specs[name])
+                pretrained.checkpoint.close()  # with which the pages that were copied leave the memory
+        if placement is not None:
+            for name in pretrained.new:
+                set_value(model.weight(name), placement, model.weight(name).numpy(), specs[name])
+            place(model, placement)
         return model
 
     def save_pretrained(

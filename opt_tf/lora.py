@@ -15,6 +15,7 @@ from opt_core.lora import LoraConfig, adapter_shapes, new_adapter
 from opt_core.schema import published_name
 from opt_tf.layers import Linear
 from opt_tf.loading import owner_of, to_numpy
+from opt_tf.sharding import check_on_no_mesh
 
 
 def add_lora(model, lora: LoraConfig, seed: int = 0) -> None:
@@ -26,6 +27,7 @@ def add_lora(model, lora: LoraConfig, seed: int = 0) -> None:
     Raises:
         InputError: the model has adapters.
     """
+    check_on_no_mesh(model, "add_lora")
     if model.lora is not None:
         raise InputError("add_lora", ["model: expected one without adapters; merge_lora makes it one"])
     for weight in model.weights:

@@ -65,10 +65,11 @@ class AdamW(keras.optimizers.AdamW):
             super().build(variables)
 
     def _replica_problems(self, variables: list[keras.Variable]) -> Iterator[str]:
-        strategies = {getattr(v.value, "distribute_strategy", self._distribution_strategy) for v in variables}
-        if strategies - {self._distribution_strategy}:
+        strategy = self._distribution_strategy
+        plain = None if strategy.num_replicas_in_sync > 1 else strategy
+        if {getattr(v.value, "distribute_strategy", plain) for v in variables} - {strategy}:
             yield "optimizer: expected one made in the scope of the strategy in whose scope the model was made"
-        if self.gradient_accumulation_steps and self._distribution_strategy.num_replicas_in_sync > 1:
+        if self.gradient_accumulation_steps and strategy.num_replicas_in_sync > 1:
             yield "gradient_accumulation_steps: expected None under a strategy of several replicas (Keras 3.15)"
 
     def update_step(self, gradient: Tensor, variable: tf.Variable, learning_rate) -> tf.Operation | None:

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from tensorflow import Tensor
+from tensorflow.experimental import dtensor
 
 from opt_core.checks import arguments_of, check_config, check_inputs, check_keywords
 from opt_core.config import POSITION_OFFSET, OPTConfig
@@ -14,7 +15,8 @@ from opt_core.errors import InputError, ProblemsError
 from opt_core.lora import LoraConfig
 from opt_core.outputs import BaseModelOutput
 from opt_core.schema import kept_by_pruning, published_name, weights
-from opt_tf.attention import check_implementation
+from opt_core.sharding import Mesh
+from opt_tf.attention import FUSED, check_implementation
 from opt_tf.cache import Cache, init_cache
 from opt_tf.decoder import Decoder
 from opt_tf.inputs import as_index, as_tensor, known, known_cache
@@ -23,6 +25,7 @@ from opt_tf.loading import LoadingMixin, name_of, owner_of
 from opt_tf.lora import add_lora
 from opt_tf.losses import counted_predictions
 from opt_tf.replicas import seed_of_replica, share_loss
+from opt_tf.sharding import Placement, call_on_mesh, check_on_no_mesh
 
 
 class TFOPTPreTrainedModel(LoadingMixin, keras.Model):
@@ -41,6 +44,7 @@ class TFOPTPreTrainedModel(LoadingMixin, keras.Model):
         self.config = config
         self.attn_implementation = attn_implementation
         self.lora: LoraConfig | None = None
+        self.placement: Placement | None = None
         self.seed_generator = keras.random.SeedGenerator()  # of what is dropped in training; no weight
         self.built = True  # the subclasses make every weight in their constructor
         self.forget_compiled()
@@ -60,10 +64,24 @@ class TFOPTPreTrainedModel(LoadingMixin, keras.Model):
 
     @property
     def device(self) -> str:
-        return self.get_input_embeddings().weight.value.device
+        """Of the word embeddings; of a model on a mesh, the first one of that."""
+        value = self.get_input_embeddings().weight.value
+        return value.device if self.device_mesh is None else self.device_mesh.local_devices()[0]
+
+    @property
+    def device_mesh(self) -> dtensor.Mesh | None:
+        """The mesh over whose devices the model is cut (`opt_tf.sharding`); None of a model on one device."""
+        return None if self.placement is None else self.placement.device_mesh
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The names and sizes of the axes of `device_mesh`."""
+        return None if self.placement is None else self.placement.mesh
 
     def set_attn_implementation(self, attn_implementation: str) -> None:
         check_implementation(attn_implementation, self.config, self.compute_dtype)
+        if attn_implementation in FUSED:
+            check_on_no_mesh(self, attn_implementation)
         self.attn_implementation = attn_implementation
         for layer in self.base_model.decoder.layers:
             layer.self_attn.attn_implementation = attn_implementation
@@ -119,6 +137,7 @@ class TFOPTPreTrainedModel(LoadingMixin, keras.Model):
 
         A compiled optimizer keeps slots of the old shape: call `compile` again.
         """
+        check_on_no_mesh(self, "resize_token_embeddings")
         if pad_to_multiple_of:
             new_num_tokens = -(-new_num_tokens // pad_to_multiple_of) * pad_to_multiple_of
         config = self.config.replace(vocab_size=new_num_tokens)
@@ -138,6 +157,7 @@ class TFOPTPreTrainedModel(LoadingMixin, keras.Model):
 
         A compiled optimizer keeps slots of the old shape: call `compile` again.
         """
+        check_on_no_mesh(self, "resize_position_embeddings")
         config = self.config.replace(max_position_embeddings=new_num_position_embeddings)
         init = dict(init_std=config.init_std, dtype=self.dtype_policy)
         new = Embedding(new_num_position_embeddings + POSITION_OFFSET, config.hidden_size, **init)
@@ -157,6 +177,7 @@ class TFOPTPreTrainedModel(LoadingMixin, keras.Model):
             ConfigError: lists every layer or head that there is not, and every layer that would have no head left.
             InputError: the model has adapters.
         """
+        check_on_no_mesh(self, "prune_heads")
         if self.lora is not None:
             raise InputError("prune_heads", ["model: expected one without adapters; merge_lora makes it one"])
         before, after = self.config, self.config.without_heads(heads_to_prune)
@@ -203,6 +224,8 @@ class TFOPTPreTrainedModel(LoadingMixin, keras.Model):
         for name in arguments.keys() & _NOT_TENSORS:
             if isinstance(arguments[name], np.generic):  # Keras would make a tensor of it
                 arguments[name] = arguments[name].item()
+        if self.placement is not None:
+            return call_on_mesh(self, {**arguments, "training": training})
         if training is not None:  # None would hide the value that an outer model passes down
             arguments["training"] = training
         try:
@@ -291,11 +314,12 @@ class TFOPTPreTrainedModel(LoadingMixin, keras.Model):
 
     def forget_compiled(self) -> None:
         """Drops the traced functions, which hold the variables and switches of when they were traced."""
-        self.compiled_search = self.compiled_steps = None
+        self.compiled_search = self.compiled_steps = self.compiled_call = None
         self.train_function = self.test_function = self.predict_function = None
 
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
         """Before Keras trains or evaluates: under a strategy it makes what metrics need, by the shapes of a batch."""
+        check_on_no_mesh(self, "fit, evaluate")
         strategy = self.distribute_strategy
         if strategy.num_replicas_in_sync == 1:
             return super()._maybe_symbolic_build(iterator, data_batch)

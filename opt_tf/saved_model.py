@@ -14,6 +14,7 @@ from conversion.write import CLASSES
 from opt_core.config import CONFIG_NAME, OPTConfig
 from opt_core.schema import published_name, shapes
 from opt_tf.pretrained import TFOPTPreTrainedModel
+from opt_tf.sharding import check_on_no_mesh
 
 _MODEL_NAME = "saved_model.pb"
 _ENTRIES = {_MODEL_NAME, "fingerprint.pb", "variables", "assets", CONFIG_NAME}  # of a SavedModel that is written here
@@ -33,6 +34,7 @@ def save_saved_model(model: TFOPTPreTrainedModel, folder, *, overwrite: bool = F
     Raises:
         FileExistsError: the folder holds a SavedModel and `overwrite` is false, or it holds anything else.
     """
+    check_on_no_mesh(model, "save_saved_model")
     folder = Path(folder)
     _refuse_existing(folder, overwrite)
     module = _variables_by_name(model)

@@ -4,6 +4,7 @@ Prompts, capacities and steps of several tokens are filled up to few widths, so 
 """
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
@@ -13,6 +14,7 @@ from opt_core.generation import bucketed
 from opt_core.stepper import StepOutput, width_of_step
 from opt_tf.cache import Cache, reorder, with_capacity
 from opt_tf.packing import pool_last_token
+from opt_tf.sharding import Placement, compile_for
 
 
 class ModelStepper:
@@ -22,8 +24,8 @@ class ModelStepper:
         self.model, self.cache, self.lengths_R = model, None, np.zeros(0, int)
         if model.compiled_steps is None:  # kept with the model: another stepper of it compiles nothing anew
             programs = (functools.partial(program, model) for program in (_prefill, _step))
-            model.compiled_steps = tuple(tf.function(it, autograph=False, jit_compile=True) for it in programs)
-        self.compiled_prefill, self.compiled_step = model.compiled_steps
+            model.compiled_steps = _compiled(model.placement, *programs)
+        self.compiled_prefill, self.compiled_step, self.reordered = model.compiled_steps
 
     def prefill(
         self, input_ids_RT: np.ndarray, real_RT: np.ndarray, capacity: int, *, output_hidden: bool = False
@@ -45,11 +47,18 @@ class ModelStepper:
         return _as_numpy(logits_RTV[:, :T], hidden_RTE[:, :T] if output_hidden else None)
 
     def reorder(self, rows_Q: np.ndarray) -> None:
-        self.cache, self.lengths_R = reorder(self.cache, tf.constant(rows_Q)), self.lengths_R[rows_Q]
+        self.cache, self.lengths_R = self.reordered(self.cache, tf.constant(rows_Q)), self.lengths_R[rows_Q]
 
     def truncate(self, lengths_R: np.ndarray) -> None:
         self.lengths_R = lengths_R
         self.cache = self.cache._replace(lengths=tf.constant(lengths_R, self.cache.lengths.dtype))
+
+
+def _compiled(placement: Placement | None, *programs: Callable) -> tuple[Callable, ...]:
+    """The programs, and `reorder`, for where the model is."""
+    if placement is None:
+        return *(tf.function(program, autograph=False, jit_compile=True) for program in programs), reorder
+    return tuple(compile_for(placement, program) for program in (*programs, reorder))
 
 
 def _as_numpy(logits: Tensor, hidden: Tensor | None) -> StepOutput:

@@ -85,6 +85,7 @@ def test_every_replica_drops_other_values_at_every_call(found):
     ("case", "words"),
     [
         ("of_outside", "expected one made in the scope of the strategy"),
+        ("of_plain", "expected one made in the scope of the strategy"),
         ("of_accumulation", "gradient_accumulation_steps: expected None"),
         ("of_xla", "jit_compile: expected False or 'auto'"),
         ("of_rows", "(accumulate) x 2 (replicas) equal parts, got 3"),

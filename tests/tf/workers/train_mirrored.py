@@ -69,16 +69,21 @@ def fitted(run: Run) -> dict[str, np.ndarray]:
     return found | {f"saved {name}": x for name, x in weights_of(saved).items()}
 
 
-def stepped(run: Run, accumulate: int) -> dict[str, np.ndarray]:
-    """Steps of the Trainer, over a save; its other numbers."""
-    trainer = Trainer(run.model(), RECIPE, accumulate=accumulate)
-    numbers = [(trainer.step(batch_of()), trainer.gradient_norm) for _ in range(2)]
-    trainer.save(run.folder / "run")
-    trainer = Trainer(run.model(), RECIPE, accumulate=accumulate)
-    trainer.restore(run.folder / "run")
-    numbers += [(trainer.step(batch_of()), trainer.gradient_norm)]
+def stepped(run: Run) -> dict[str, np.ndarray]:
+    """Steps of the Trainer, and its other numbers."""
+    trainer = Trainer(run.model(), RECIPE)
+    numbers = [(trainer.step(batch_of()), trainer.gradient_norm) for _ in range(STEPS)]
     found = {"losses and norms": numbers, "loss": trainer.evaluate(batch_of()), **weights_of(trainer.model)}
     return found | {"logits": trainer.predict(batch_of()).logits}
+
+
+def stepped_in_parts(run: Run) -> dict[str, np.ndarray]:
+    """Steps of the Trainer by parts of the batch, over a save."""
+    first, again = (Trainer(run.model(), RECIPE, accumulate=2) for _ in range(2))
+    numbers = [first.step(batch_of()) for _ in range(2)]
+    first.save(run.folder / "run")
+    again.restore(run.folder / "run")
+    return {"losses": [*numbers, again.step(batch_of())], **weights_of(again.model)}
 
 
 def other_losses(run: Run) -> dict[str, np.ndarray]:
@@ -140,6 +145,11 @@ def refusals(run: Run) -> dict[str, str]:
         model.compile(optimizer, jit_compile=False)
         run.fit(model)
 
+    def of_plain():
+        model = TFOPTForCausalLM.from_pretrained(run.folder / "model")
+        with run.scope():
+            Trainer(model, RECIPE)
+
     def of_accumulation():
         with run.scope():
             AdamW(RECIPE, gradient_accumulation_steps=2).build(run.model().trainable_variables)
@@ -153,7 +163,7 @@ def refusals(run: Run) -> dict[str, str]:
         Trainer(run.model(), RECIPE).step({name: x[:3] for name, x in batch_of().items()})
 
     found = {}
-    for case in (of_outside, of_accumulation, of_xla, of_rows):
+    for case in (of_outside, of_plain, of_accumulation, of_xla, of_rows):
         try:
             case()
         except InputError as error:
@@ -161,8 +171,7 @@ def refusals(run: Run) -> dict[str, str]:
     return found
 
 
-ALIKE = {"fit": fitted, "trainer": lambda run: stepped(run, 1), "trainer in parts": lambda run: stepped(run, 2)}
-ALIKE |= {"other losses": other_losses}
+ALIKE = {"fit": fitted, "trainer": stepped, "trainer in parts": stepped_in_parts, "other losses": other_losses}
 CASES = ALIKE | {"callbacks": callbacks, "replicas": outputs_in_training, "refused": refusals}
 
 if __name__ == "__main__":
