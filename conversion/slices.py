@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from conversion.stored import FileMap, inode_of, map_memory
+from conversion.stored import FileMap, check_identity, map_memory
 from opt_core.errors import CheckpointError, InputError, raise_if
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def read_slice(checkpoint: "Checkpoint", name: str, index: Sequence[slice]) -> n
 
     Raises:
         InputError: an index that does not fit the tensor.
-        CheckpointError: the file has become shorter since it was opened, or another has taken its name.
+        CheckpointError: the file was written to, or another has taken its name, since it was opened.
     """
     index, parts, start = _checked(name, index, checkpoint.shapes[name]), [], 0
     pieces, dim = checkpoint.views(name)
@@ -94,8 +94,7 @@ def _read_runs(stored: np.ndarray, mapped: FileMap) -> np.ndarray:
     memory = map_memory(stored.nbytes)
     targets = memoryview(memory)
     with open(mapped.path, "rb", buffering=0) as file:
-        if inode_of(file.fileno()) != mapped.inode:
-            raise CheckpointError(str(mapped.path), ["another file has taken its name since it was opened"])
+        check_identity(file.fileno(), mapped.identity, mapped.path)
         for target, start in zip(range(0, stored.nbytes, run_bytes), starts, strict=True):
             file.seek(first + start)
             _fill(file, targets[target : target + run_bytes])

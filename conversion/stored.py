@@ -62,7 +62,7 @@ class FileMap(mmap.mmap):
     """A file, mapped privately, that knows which one it is."""
 
     path: Path
-    inode: tuple[int, int]
+    identity: tuple[int, ...]
 
     @property
     def address(self) -> int:
@@ -79,6 +79,7 @@ class MappedFile:
         self.path = path
         self.tensors = tensors
         self._map: FileMap | None = None
+        self._identity: tuple[int, ...] | None = None
 
     def read(self, name: str) -> np.ndarray:
         """The array of one tensor, writable, row-major; a view wherever its bytes lie in one aligned run."""
@@ -105,15 +106,23 @@ class MappedFile:
     def _mapped(self) -> FileMap:
         if self._map is None:
             with open(self.path, "rb") as file:
+                self._identity = check_identity(file.fileno(), self._identity, self.path)
                 self._map = _map_privately(file.fileno())
-                self._map.path, self._map.inode = self.path, inode_of(file.fileno())
+                self._map.path, self._map.identity = self.path, self._identity
         return self._map
 
 
-def inode_of(descriptor: int) -> tuple[int, int]:
-    """What tells an open file from any other, also from one that has taken its name."""
+def check_identity(descriptor: int, expected: tuple[int, ...] | None, path: Path) -> tuple[int, ...]:
+    """What tells an open file from one that takes its name later, and from itself once it is written to.
+
+    Raises:
+        CheckpointError: it is not what was expected.
+    """
     status = os.fstat(descriptor)
-    return status.st_dev, status.st_ino
+    identity = status.st_dev, status.st_ino, status.st_mtime_ns
+    if expected not in (None, identity):
+        raise CheckpointError(str(path), ["it was written to or replaced since it was opened"])
+    return identity
 
 
 def _map_privately(descriptor: int) -> FileMap:

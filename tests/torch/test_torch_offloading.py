@@ -242,6 +242,8 @@ def test_it_is_not_saved_over_the_files_that_it_reads(tmp_path):
     with pytest.raises(InputError, match=f"folder: expected another than {tmp_path}"):
         model.save_pretrained(tmp_path)
     spread(tmp_path, "cpu").save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="written to or replaced since it was opened"):
+        model(token_ids(config_of()))
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
