@@ -25,6 +25,7 @@ class OPTPreTrainedModel(LoadingMixin, nn.Module):
     """What the four classes share. `task` is the name that the weight schema gives to the class."""
 
     task: ClassVar[str]
+    hf_device_map: dict[str, int | str]  # module to place; accelerate asks whether it is there: only by `device_map`
     _no_split_modules: ClassVar[list[str]] = ["DecoderLayer"]  # accelerate asks: each is to be on one device
     accepts_loss_kwargs: ClassVar[bool] = False  # asked by transformers' Trainer: it is not to send num_items_in_batch
 
@@ -40,7 +41,6 @@ class OPTPreTrainedModel(LoadingMixin, nn.Module):
         self.mesh: Mesh | None = None  # the same for `opt_core.sharding`
         self.rules = RULES  # by which they were cut
         self.head_parts = 1  # devices that share the heads of a layer
-        self.hf_device_map: dict[str, int | str] | None = None  # module to place, where `device_map` was given
         self.offloaded: Mapping[str, Tensor] | None = None  # the weights that accelerate brings when they are needed
 
     @property
