@@ -1,9 +1,10 @@
 """A model on a mesh of devices, JAX: the rules of `opt_core.sharding` as NamedShardings; `jit` does the rest.
 
 Weights lie as the table says, rows of a batch over its axes where they divide; XLA puts in what devices have to tell
-each other (GSPMD, Xu et al., arXiv:2105.04663). Two things it is not asked to split, since it would not do it well:
-attention, of which each device computes its own rows and heads, and the loss of a vocabulary that is cut. These run in
-`jax.shard_map`. A model without a mesh has a placement of None, and computes as if this file were not there.
+each other (GSPMD, Xu et al., arXiv:2105.04663). Two things it is not asked to split, which run in `jax.shard_map`:
+attention of each device's rows and heads, since of Pallas' kernels XLA cannot, and what it writes into a cache it would
+put together; and the loss by chunks, for which it would gather the rows of all devices (jax 0.10). A model without a
+mesh has a placement of None, and computes as if this file were not there.
 """
 
 import functools
@@ -90,6 +91,7 @@ class Placement:
         return self.sharding(self.rows(batch), self.computing("A")), self.sharding(self.rows(batch))
 
     def put_cache(self, cache):
+        """The same `Cache`, lying so."""
         buffers, lengths = self.cache(cache.batch_size)
         keys, values = (tuple(self.put(x, buffers) for x in part) for part in (cache.keys, cache.values))
         return cache._replace(keys=keys, values=values, lengths=self.put(cache.lengths, lengths))
