@@ -72,7 +72,8 @@ class Trainer:
         graphdef, trained, rest = nnx.split(self.model, self.model.trainable, ...)
         numbers = np.uint32([self.seed, self.step_count])
         with self._others():
-            loss, norm, gradients = _gradients(graphdef, trained, rest, batch, numbers, self.accumulate, self._layout())
+            given = graphdef, trained, rest, batch, numbers, self.accumulate, self._layout()
+            loss, norm, gradients = _gradients_for(self.model.placement)(*given)
             loss, self.gradient_norm = float(loss), float(norm)
         give_back_freed_memory()
         if not math.isfinite(loss) or not math.isfinite(self.gradient_norm):
@@ -245,8 +246,7 @@ def _read_as(old: Array, stored: np.ndarray, placement: Placement | None) -> Arr
     return jnp.copy(parts)  # what lies on the file's pages cannot be written over
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "accumulate", "layout"))
-def _gradients(
+def _find_gradients(
     graphdef, trained, rest, batch: dict[str, Array], numbers: Array, accumulate: int, layout: tuple | None = None
 ):
     """The loss, the norm of all gradients, and the gradients; `numbers` are the seed and the number of the step."""
@@ -266,6 +266,25 @@ def _gradients(
 
     loss, gradients = _accumulated(differentiate, trained, batch, key, accumulate)
     return loss, gradient_norm(gradients), gradients
+
+
+_gradients = jax.jit(_find_gradients, static_argnames=("graphdef", "accumulate", "layout"))
+# XLA on a CPU (jax 0.10) would gather the weights of all layers as soon as it can, and add up the gradients of all
+# layers between devices in one go at the end: both as whole as on a single device.
+_gradients_on_cpus = jax.jit(
+    _find_gradients,
+    static_argnames=("graphdef", "accumulate", "layout"),
+    compiler_options={
+        "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+        "xla_disable_hlo_passes": "cpu-all-reduce-combiner",
+    },
+)
+
+
+def _gradients_for(placement: Placement | None):
+    """The compiled function for the devices of a model."""
+    is_on_cpus = placement is not None and placement.device_mesh.devices.flat[0].platform == "cpu"
+    return _gradients_on_cpus if is_on_cpus else _gradients
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "optimizer"), donate_argnames=("trained", "moments"))

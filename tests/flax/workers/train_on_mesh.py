@@ -77,12 +77,13 @@ def weights_of(model) -> dict[str, np.ndarray]:
 def pre_norm(folder: Path, mesh=None) -> dict[str, np.ndarray]:
     """Loss and norm of some steps, the weights after them, what they compute then, and where arrays lie."""
     trainer = Trainer(model_of(folder, mesh=mesh), RECIPE, seed=5)
-    compiled = training._gradients._cache_size(), training._update._cache_size()
+    gradients = training._gradients_for(trainer.model.placement)
+    compiled = gradients._cache_size(), training._update._cache_size()
     found = {"steps": steps_of(trainer, 0, STEPS), "evaluated": np.float64(trainer.evaluate(batch_of(STEPS)))}
     out = trainer.predict(batch_of(STEPS))
     found |= {"predicted": np.array(out.logits), "predicted loss": np.array(out.loss), **weights_of(trainer.model)}
     if mesh is not None:
-        programs = training._gradients._cache_size(), training._update._cache_size()
+        programs = gradients._cache_size(), training._update._cache_size()
         found["programs"] = np.subtract(programs, compiled)
         found["misplaced"] = np.array(misplaced(trainer))
     return found
@@ -115,7 +116,7 @@ def resumed(folder: Path, mesh=None) -> dict[str, np.ndarray]:
             found[f"{name} state"] = np.array([trainer.step_count, trainer.seed])
     if mesh is not None:
         found["misplaced"] = np.array(misplaced(trainer))
-        trainer.save(folder / "from a mesh")
+        trainer.save(folder / f"from {mesh.axis_names[0]}")
         found["after"] = steps_of(trainer, 4, 1)
     return found
 
@@ -149,20 +150,28 @@ def refused(folder: Path, mesh) -> dict[str, np.ndarray]:
     }
 
 
-def shares(_: Path, mesh=None) -> dict[str, np.ndarray]:
-    """Bytes on a device: of what a step is given, of gradients, and of what it writes over."""
-    config = OPTConfig(**SIZES | dict(hidden_size=64, ffn_dim=256, vocab_size=512, num_hidden_layers=1))
-    model = FlaxOPTForCausalLM(config)
-    trainer = Trainer(model if mesh is None else shard_model(model, mesh), RECIPE)
-    ids = token_ids(config)
-    graphdef, trained, rest = nnx.split(model, model.trainable, ...)
+def shares(_: Path, mesh) -> dict[str, np.ndarray]:
+    """Bytes on a device, as parts of those of all weights; and what a step holds more for one layer more, of a layer's.
+
+    With a width so large that what is kept of a few tokens does not count.
+    """
+    found, held, weights = {}, {}, {}
+    for layers in (1, 3):
+        config = OPTConfig(**SIZES | dict(hidden_size=128, ffn_dim=512, num_hidden_layers=layers))
+        model = shard_model(FlaxOPTForCausalLM(config), mesh)
+        trainer, weights[layers] = Trainer(model, RECIPE), 4 * model.num_parameters()
+        ids = token_ids(config, 4, 2)
+        graphdef, trained, rest = nnx.split(model, model.trainable, ...)
+        batch = trainer._checked(dict(input_ids=ids, labels=ids))
+        given = graphdef, trained, rest, batch, np.uint32([0, 0]), 1, trainer._layout()
+        memory = training._gradients_for(model.placement).lower(*given).compile().memory_analysis()
+        held[layers] = memory.temp_size_in_bytes
+        found = dict(given=memory.argument_size_in_bytes, gradients=memory.output_size_in_bytes)
     optimizer, moments = nnx.split(trainer.optimizer)
-    batch = trainer._checked(dict(input_ids=ids, labels=ids))
-    given = graphdef, trained, rest, batch, np.uint32([0, 0]), 1, trainer._layout()
-    gradients = training._gradients.lower(*given).compile().memory_analysis()
-    update = training._update.lower(graphdef, optimizer, trained, moments, rest, trained).compile().memory_analysis()
-    found = dict(weights=gradients.argument_size_in_bytes, gradients=gradients.output_size_in_bytes)
-    return {name: np.array(x) for name, x in (found | dict(written_over=update.alias_size_in_bytes)).items()}
+    memory = training._update.lower(graphdef, optimizer, trained, moments, rest, trained).compile().memory_analysis()
+    found = dict(found, written=memory.alias_size_in_bytes / 3, beside_it=memory.temp_size_in_bytes)
+    found = {name: np.array(x / weights[3]) for name, x in found.items()}
+    return found | {"a layer more": np.array((held[3] - held[1]) / (weights[3] - weights[1]))}
 
 
 def adapted(folder: Path, mesh) -> FlaxOPTForCausalLM:
