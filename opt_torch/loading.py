@@ -1,5 +1,6 @@
 """`from_pretrained` and `save_pretrained`, PyTorch."""
 
+import functools
 import tempfile
 from collections.abc import Callable
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from conversion import push_folder, write_checkpoint
 from conversion.parameters import read_parameters
 from conversion.pretrained import Pretrained, open_pretrained
-from opt_core.config import OPTConfig
+from opt_core.config import DTYPES, OPTConfig
 from opt_core.errors import InputError
 from opt_core.schema import published_name, shapes
 
@@ -119,21 +120,20 @@ class LoadingMixin:
         """Writes config.json and safetensors in the published layout, which any backend loads.
 
         NaN and infinities are refused unless `allow_nonfinite`. Options of generation that came with a checkpoint, or
-        were given to the model, go into generation_config.json.
+        were given to the model, go into generation_config.json. Of a sharded model every process must call this, and
+        process 0 writes; no more than one weight is whole at a time.
 
         Raises:
             InputError: the model has adapters, which this would leave out.
-
-        Of a sharded model every process must call this, and process 0 writes; no more than one weight is whole at a
-        time.
         """
         if self.lora is not None:
             remedy = "save_adapter writes them alone, merge_lora adds them to the weights"
             raise InputError("save_pretrained", [f"model: expected one without adapters; {remedy}"])
 
-        def write(weight: Callable[[str], Tensor]) -> None:
-            tensors = {name: lambda name=name: to_numpy(weight(name)) for name in shapes(self.config, self.task)}
-            dtype = str(self.dtype).removeprefix("torch.")
+        dtype, names = str(self.dtype).removeprefix("torch."), shapes(self.config, self.task)
+
+        def write(weight: Callable[[str], Tensor], **options) -> None:
+            tensors = {name: lambda name=name: to_numpy(weight(name)) for name in names}
             write_checkpoint(
                 folder,
                 self.config.replace(torch_dtype=dtype),
@@ -142,6 +142,7 @@ class LoadingMixin:
                 max_shard_size=max_shard_size,
                 overwrite=overwrite,
                 allow_nonfinite=allow_nonfinite,
+                **options,
             )
             if getattr(self, "generation_config", None) is not None:
                 self.generation_config.save_pretrained(folder)
@@ -152,7 +153,9 @@ class LoadingMixin:
             return write(self.weight)
         from opt_torch.sharding import write_from_first
 
-        write_from_first(self.weight, write)
+        has_one_dtype = dtype in DTYPES and {self.weight(name).dtype for name in names} == {self.dtype}
+        options = dict(dtype=dtype) if has_one_dtype else {}  # else each is gathered once more, to be asked for it
+        write_from_first(self.weight, functools.partial(write, **options))
 
     def push_to_hub(self, repo_id: str, *, max_shard_size: int | str = "5GB", **options) -> str:
         """Saves to a temporary folder and uploads it; `options` as in `conversion.push_folder`. Returns the address.

@@ -219,6 +219,7 @@ def test_what_cannot_be_done_is_refused_on_every_process(found, text):
         "add_lora": ("add_lora: model: expected one that is not sharded",),
         "push": ("push_to_hub: model",),
         "save": ("FileExistsError", "expected a folder, got a file"),
+        "write": ("the disk is gone",),
     }
     if axis == "tensor":
         expected["sizes"] += ("num_attention_heads: expected a multiple of 2", "vocab_size: expected a multiple of 2")

@@ -23,7 +23,7 @@ from opt_core.schema import shapes
 from opt_core.sharding import Rules, batch_axes, batch_rows
 from opt_torch import OPTForCausalLM, OPTForQuestionAnswering, OPTForSequenceClassification
 from opt_torch.lora import add_lora
-from opt_torch.sharding import init_mesh, own_slices, shard_model, whole_tensor
+from opt_torch.sharding import init_mesh, own_slices, shard_model, whole_tensor, write_from_first
 
 SIZES = dict(vocab_size=4 * 23, hidden_size=4 * 14, num_hidden_layers=2, ffn_dim=4 * 13, num_attention_heads=4)
 SIZES |= dict(max_position_embeddings=41, dropout=0.0)
@@ -146,6 +146,7 @@ def refusals(folder: Path, mesh) -> dict[str, str]:
         "add_lora": lambda: add_lora(model, LoraConfig(r=2)),
         "push": lambda: model.push_to_hub("a/b"),
         "save": lambda: model.save_pretrained(folder / "a file"),
+        "write": lambda: write_from_first(model.weight, _fail),
     }
     found = {name: _message(call) for name, call in calls.items()}
     assert not any(isinstance(p, DTensor) for p in odd.parameters())  # refused before anything was changed
@@ -153,10 +154,22 @@ def refusals(folder: Path, mesh) -> dict[str, str]:
     return found
 
 
+class _Unsendable(OSError):
+    """An error that cannot be sent to another process."""
+
+    def __reduce__(self):
+        raise TypeError("cannot be pickled")
+
+
+def _fail(whole) -> None:
+    whole("decoder.embed_tokens.weight")
+    raise _Unsendable("the disk is gone")
+
+
 def _message(call) -> str:
     try:
         call()
-    except (InputError, OSError) as error:
+    except (InputError, OSError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing was refused"
 
