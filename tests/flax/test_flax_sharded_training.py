@@ -10,7 +10,6 @@ import pytest
 from harness import backends_asked_for, save_random
 from processes import run_processes, started_processes
 
-from opt_flax.sharding import HEARTBEAT_SECONDS
 from opt_zoo.training_log import LOG
 
 WORKERS = Path(__file__).parent / "workers"
@@ -157,7 +156,8 @@ def test_when_a_process_is_killed_the_other_stops_and_the_run_goes_on_elsewhere(
         job.kill(victim)
         start = time.monotonic()
         left = job.wait(timeout=60)[1 - victim]
-        assert time.monotonic() - start < HEARTBEAT_SECONDS + 10
+        assert time.monotonic() - start < 10
+    assert left.returncode == 1 or victim == 0
     assert left.returncode != 0
     said = "another process is gone; started again, with any number of processes, a run resumes from its last"
     # Of process 0, JAX's own service is gone too, for which JAX ends the other process, mostly a moment later.
