@@ -58,7 +58,7 @@ def shard_model(model, device_mesh: DeviceMesh, rules: Rules = RULES):
 
     Raises:
         InputError: lists every size that does not divide, before anything is changed; the model is sharded already or
-            has adapters; axes or rules that there is no engine for.
+            has adapters, or is on several devices; axes or rules that there is no engine for.
     """
     mesh = Mesh(tuple(device_mesh.mesh_dim_names or ()), tuple(device_mesh.shape))
     specs = partition(model.config, mesh, rules, model.task)
@@ -106,6 +106,8 @@ def _problems(model, mesh: Mesh, rules: Rules, axes: Axes) -> Iterator[str]:
         yield f"model: expected one that is not sharded, got one over {model.mesh}"
     if model.lora is not None:
         yield "model: expected one without adapters; merge_lora makes it one"
+    if model.offloaded is not None:
+        yield "model: expected one on one device; load it without device_map"
     if mesh.devices != dist.get_world_size():
         yield f"device_mesh: expected all {dist.get_world_size()} processes in it, got {mesh.devices}"
     known = {letter for letter, _ in TENSOR_PARALLEL}

@@ -205,6 +205,7 @@ def test_what_cannot_be_done_is_refused_on_every_process(found, text):
         "sizes": ("ffn_dim: expected a multiple of", "got 13"),
         "twice": ("shard_model: model: expected one that is not sharded, got one over",),
         "adapters": ("merge_lora",),
+        "placed": ("shard_model: model: expected one on one device",),
         "rules": ("rules: expected A, F, V alone along 'tensor', got 'D'",) if text == "tensor=2" else ("axis",),
         "processes": ("fsdp 3: processes: expected 3, got",),
         "device": ("device, device_mesh",),

@@ -127,11 +127,14 @@ def refusals(folder: Path, mesh) -> dict[str, str]:
     odd = OPTForCausalLM(OPTConfig(**SIZES | dict(vocab_size=97, num_attention_heads=7, ffn_dim=13)))
     adapted = OPTForCausalLM(CONFIGS["pre-norm"])
     add_lora(adapted, LoraConfig(r=2))
+    placed = OPTForCausalLM(CONFIGS["pre-norm"])
+    placed.offloaded = {}
     (folder / "a file").touch()
     calls = {
         "sizes": lambda: shard_model(odd, mesh),
         "twice": lambda: shard_model(model, mesh),
         "adapters": lambda: shard_model(adapted, mesh),
+        "placed": lambda: shard_model(placed, mesh),
         "rules": lambda: shard_model(odd, mesh, Rules((("D", "tensor"),))),
         "processes": lambda: init_mesh("fsdp=3"),
         "device": lambda: load(folder / "models" / "pre-norm", device_mesh=mesh, device="cpu"),
