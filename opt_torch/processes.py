@@ -47,7 +47,7 @@ def whole_rows(model, x):
 
 
 @contextlib.contextmanager
-def other_processes(model, step: int) -> Iterator[None]:
+def other_processes(model, step: int | None) -> Iterator[None]:
     """Within, a call that waits for processes which are gone is a TrainingError.
 
     gloo notices at once. With nccl `torchrun` ends the others, or their watchdog does after the timeout of the group.
@@ -58,7 +58,8 @@ def other_processes(model, step: int) -> Iterator[None]:
         if model.mesh is None or not _is_of_communication(error):
             raise
         text = "another process is gone; started again, with any number of processes, a run resumes from its last"
-        raise TrainingError(f"step {step}", [f"{text} checkpoint ({str(error).strip().splitlines()[0]})"]) from error
+        title = "processes" if step is None else f"step {step}"
+        raise TrainingError(title, [f"{text} checkpoint ({str(error).strip().splitlines()[0]})"]) from error
 
 
 def _is_of_communication(error: RuntimeError) -> bool:
