@@ -186,7 +186,10 @@ class _Tensors(NamedTuple):
         return {name: x.dtype.name for name, x in self.parameters.items()}
 
     def read(self, name: str) -> np.ndarray:
-        return self.whole[name]()
+        array = self.whole[name]()
+        if array.flags.owndata or len(self.parameters[name].sharding.device_set) == 1:
+            return array
+        return array.copy()  # counted among what waits to be written, as views are not
 
 
 def _read(pretrained: Pretrained, names: Iterable[str], device) -> Iterator[tuple[str, Array]]:

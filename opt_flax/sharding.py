@@ -225,12 +225,19 @@ def by_heads(placement: Placement | None, function: Callable, *arrays: Array | N
 
 
 def on_host(x: Array) -> np.ndarray:
-    """All values, in every process. Of an array in parts no copy stays behind, which `numpy.asarray` would keep."""
+    """All values, in every process: a view of an array of one device, of one in parts an array of its own.
+
+    `numpy.asarray` would keep what it has put together as long as `x` lives.
+    """
     if not (x.is_fully_addressable or x.is_fully_replicated):
         return multihost_utils.process_allgather(x, tiled=True)
-    if len(x.sharding.device_set) > 1:
-        x = jax.device_put(x, x.addressable_shards[0].device) if x.is_fully_addressable else x.addressable_data(0)
-    return np.asarray(x)
+    if len(x.sharding.device_set) == 1:
+        return np.asarray(x)
+    shards = x.addressable_shards[:1] if x.is_fully_replicated else x.addressable_shards
+    whole = np.empty(x.shape, x.dtype)
+    for shard in shards:
+        whole[shard.index] = shard.data
+    return whole
 
 
 # -- processes --------------------------------------------------------------------------------------------------------

@@ -37,9 +37,9 @@ SQUARE, CUBE = "fsdp=2,tensor=2", "data=2,fsdp=2,tensor=2"
 QUICK = {
     1: [
         f"{SQUARE}|pre-norm|outputs|gradients|parts|programs|refusals|CUDA",
-        f"{CUBE}|350m style|outputs|gradients with logits|tokens|parts",
+        f"{CUBE}|350m style|gradients with logits|tokens|parts",
     ],
-    2: ["fsdp=2|350m style|outputs|tokens|parts|head|refusals"],
+    2: ["fsdp=2|350m style|outputs|tokens|parts|refusals"],
 }
 ALL = "outputs|gradients|gradients with logits|recomputed|generations|parts|head|dropout|adapters|edited"
 SLOW = {
@@ -50,7 +50,7 @@ SLOW = {
         "fsdp=2|pre-norm|programs",
         f"{SQUARE}|untied, without biases|kernels",
     ],
-    2: [f"tensor=2|{variant}|outputs|gradients|generations|parts|adapters|edited" for variant in worker.CONFIGS],
+    2: [f"tensor=2|{variant}|outputs|gradients|generations|parts|head|adapters|edited" for variant in worker.CONFIGS],
 }
 
 
