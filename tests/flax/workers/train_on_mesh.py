@@ -157,7 +157,8 @@ def shares(_: Path, mesh) -> dict[str, np.ndarray]:
     """
     found, held, weights = {}, {}, {}
     for layers in (1, 3):
-        config = OPTConfig(**SIZES | dict(hidden_size=128, ffn_dim=512, num_hidden_layers=layers))
+        sizes = dict(hidden_size=128, ffn_dim=512, max_position_embeddings=997, num_hidden_layers=layers)
+        config = OPTConfig(**SIZES | sizes)
         model = shard_model(FlaxOPTForCausalLM(config), mesh)
         trainer, weights[layers] = Trainer(model, RECIPE), 4 * model.num_parameters()
         ids = token_ids(config, 4, 2)
