@@ -31,7 +31,7 @@ IDS, MASK = script.IDS, mask_named("left")
 def computed_on(folder: Path, *meshes: str) -> dict[str, np.ndarray]:
     for name, config in script.CONFIGS.items():
         save_random(folder / name, config)
-    run_processes(WORKER, 1, folder, *meshes, timeout=900)
+    run_processes(WORKER, 1, folder, *meshes, timeout=500)
     return dict(np.load(folder / "found.npz"))
 
 
