@@ -288,12 +288,17 @@ def _join_processes() -> None:
         return
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise_if(InputError, "init_mesh", _missing_variables())
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         shares_host = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1  # then each process has one GPU of the host
         local = [int(os.environ["LOCAL_RANK"])] if shares_host else None
-        _initialize(address, int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]), local)
+        _initialize(_coordinator(), int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]), local)
     elif any(int(os.environ.get(name, 1)) > 1 for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")):
         _initialize()
+
+
+def _coordinator() -> str:
+    """Where process 0 listens: on MASTER_PORT, or on the next one where `torchrun` itself listens on that."""
+    is_taken = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return f"{os.environ['MASTER_ADDR']}:{int(os.environ['MASTER_PORT']) + is_taken}"
 
 
 def _missing_variables() -> Iterator[str]:

@@ -8,13 +8,16 @@ import functools
 import importlib.util
 import json
 import math
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from harness import BOUND, ROUNDOFF, mask_named, reference_of, rounded_weights, save_random, worst_row
-from processes import run_processes
+from processes import ROOT, run_processes
 
 from opt_core.schema import shapes
 from opt_core.sharding import Mesh, partition, shard_bytes, shard_slices
@@ -287,3 +290,19 @@ def test_processes_of_torchrun_have_all_its_variables(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(worker.ProblemsError, match=r"(?s)RANK: expected in the .*MASTER_ADDR.*MASTER_PORT"):
         init_mesh("tensor=2")
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_processes_of_a_mesh(tmp_path):
+    """Its own store listens on MASTER_PORT."""
+    pytest.importorskip("torch")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import jax\nfrom opt_flax.sharding import init_mesh\n"
+        "mesh = init_mesh('fsdp=2')\nprint(jax.process_count(), mesh.devices.size)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["2", "2"] * 2
