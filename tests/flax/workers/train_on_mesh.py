@@ -156,7 +156,7 @@ def shares(_: Path, mesh) -> dict[str, np.ndarray]:
     With a width so large that what is kept of a few tokens does not count.
     """
     found, held, weights = {}, {}, {}
-    for layers in (1, 3):
+    for layers in (1, 2):
         sizes = dict(hidden_size=128, ffn_dim=512, max_position_embeddings=997, num_hidden_layers=layers)
         config = OPTConfig(**SIZES | sizes)
         model = shard_model(FlaxOPTForCausalLM(config), mesh)
@@ -171,8 +171,8 @@ def shares(_: Path, mesh) -> dict[str, np.ndarray]:
     optimizer, moments = nnx.split(trainer.optimizer)
     memory = training._update.lower(graphdef, optimizer, trained, moments, rest, trained).compile().memory_analysis()
     found = dict(found, written=memory.alias_size_in_bytes / 3, beside_it=memory.temp_size_in_bytes)
-    found = {name: np.array(x / weights[3]) for name, x in found.items()}
-    return found | {"a layer more": np.array((held[3] - held[1]) / (weights[3] - weights[1]))}
+    found = {name: np.array(x / weights[2]) for name, x in found.items()}
+    return found | {"a layer more": np.array((held[2] - held[1]) / (weights[2] - weights[1]))}
 
 
 def adapted(folder: Path, mesh) -> FlaxOPTForCausalLM:
