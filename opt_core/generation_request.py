@@ -1,5 +1,6 @@
 """A checked call of `generate`: all that a search needs to know besides the model."""
 
+import hashlib
 import secrets
 from typing import Any, NamedTuple
 
@@ -46,6 +47,14 @@ class GenerationRequest(NamedTuple):
     def max_positions(self) -> int:
         """Tokens that the longest row of this request can have in the cache."""
         return int(self.plan.real.sum(1).max()) + self.plan.max_new_tokens - 1
+
+    def digest(self, *, is_seeded: bool) -> bytes:
+        """32 bytes that are the same where two processes ask for the same: of the prompt and the options that have
+        values, with the seeds if the caller gave them. Functions among the options are the caller's business."""
+        arrays = [np.ascontiguousarray(x) for x in (self.plan.input_ids, self.plan.real)]
+        options = (self.settings.to_dict(), self.strategy, self.plan.max_new_tokens, is_seeded and self.seeds)
+        content = b"".join(repr((x.shape, x.dtype)).encode() + x.tobytes() for x in arrays)
+        return hashlib.sha256(content + repr(options).encode()).digest()
 
 
 def call_options(

@@ -22,7 +22,8 @@ from opt_core.searching import search, stream
 from opt_flax.cache import Cache, as_bits, from_bits, with_capacity
 from opt_flax.inputs import known
 from opt_flax.packing import pool_last_token
-from opt_flax.sharding import agreed_request, on_host
+from opt_flax.processes import agreed_request
+from opt_flax.sharding import on_host
 from opt_flax.stepping import ModelStepper
 
 

@@ -1,4 +1,4 @@
-"""Several processes that have one model, JAX: what one of them writes for all, and what is said when one is gone.
+"""Several processes that have one model, JAX: what they agree on, what one writes for all, and when one is gone.
 
 Arrays of a mesh are computed by the same program on every process; here is what is beside them. How processes are
 joined and arrays cut is the business of `sharding.py`.
@@ -18,7 +18,8 @@ import numpy as np
 from jax import Array
 from jax.experimental import multihost_utils
 
-from opt_core.errors import ProblemsError, TrainingError
+from opt_core.errors import InputError, ProblemsError, TrainingError, raise_if
+from opt_core.generation_request import GenerationRequest
 from opt_flax.sharding import Placement, on_host
 
 # What begins the text of an error of collectives (gloo and NCCL that lose a connection, JAX's own service), by codes of
@@ -27,7 +28,7 @@ from opt_flax.sharding import Placement, on_host
 _LOST = re.compile(r"(ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|UNAVAILABLE|UNKNOWN): ")
 Whole = Callable[[], np.ndarray]  # gathers an array
 _NONE = -1  # in place of the number of an array
-_TEXT_BYTES = 4096
+_TEXT_BYTES, _DIGEST_BYTES = 4096, 32
 _LOST_AT: list[int] = []  # the steps at which this process found that others are gone
 
 
@@ -69,6 +70,36 @@ def _leave_at_once() -> None:
 def of_process_0(placement: Placement | None, number: int) -> int:
     """The number that process 0 gives, on every process; all of them have to call it."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(number))) if has_processes(placement) else number
+
+
+def agreed_request(
+    placement: Placement | None, plan: Callable[[], GenerationRequest], *, is_seeded: bool
+) -> GenerationRequest:
+    """The request that `plan` makes, if all processes make the same; a seed that nobody gave is that of process 0.
+
+    Raises:
+        Exception: what `plan` raised here.
+        InputError: it raised something on another process, or the requests differ, or would end by the clock of each.
+    """
+    if placement is None or not placement.has_processes:
+        return plan()
+    request, error = None, None
+    try:
+        request = plan()
+    except Exception as raised:
+        error = raised
+    seed = 0 if request is None or is_seeded else request.seeds[0]
+    mine = b"" if request is None else request.digest(is_seeded=is_seeded) + np.int64(seed).tobytes()
+    all_of_them = multihost_utils.process_allgather(np.frombuffer(mine.ljust(_DIGEST_BYTES + 8, b"\0"), np.uint8))
+    if request is None:
+        raise error
+    digests, seeds = all_of_them[:, :_DIGEST_BYTES], all_of_them[:, _DIGEST_BYTES:].copy().view(np.int64)[:, 0]
+    others = ", ".join(str(rank) for rank, digest in enumerate(digests) if (digest != digests[0]).any())
+    text = "arguments: expected the same on all processes, got others, or wrong ones, than process 0 on"
+    raise_if(InputError, "generate", [f"{text} {others}"] if others else [])
+    if request.settings.max_time is not None:
+        raise InputError("generate", ["max_time: expected None, the clocks of several processes differ"])
+    return request if is_seeded else request._replace(seeds=(int(seeds[0]),))
 
 
 def write_from_first(

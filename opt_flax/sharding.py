@@ -8,7 +8,6 @@ mesh has a placement of None, and computes as if this file were not there.
 """
 
 import functools
-import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError, raise_if
-from opt_core.generation_request import GenerationRequest
 from opt_core.schema import SCHEMA, published_name, weights
 from opt_core.sharding import RULES, Mesh, Rules, batch_axes, computing_mesh, partition, spec_of
 from opt_flax.linear_cross_entropy import Part
@@ -31,7 +29,6 @@ from opt_flax.linear_cross_entropy import Part
 # How long a process that leaves waits for others: for one that is gone, and for one that still computes. With JAX's own
 # 100 and 300 seconds (jax 0.10), so long would nobody learn of an error that one process alone had.
 HEARTBEAT_SECONDS, SHUTDOWN_SECONDS = 20, 60
-_DIGEST_BYTES = 32
 _OF_LAYER = "decoder.layers.{layer}."
 LAYER = {row.name.removeprefix(_OF_LAYER): row.dims for row in SCHEMA if row.name.startswith(_OF_LAYER)}
 
@@ -241,45 +238,6 @@ def on_host(x: Array) -> np.ndarray:
 
 
 # -- processes --------------------------------------------------------------------------------------------------------
-
-
-def agreed_request(
-    placement: Placement | None, plan: Callable[[], GenerationRequest], *, is_seeded: bool
-) -> GenerationRequest:
-    """The request that `plan` makes, if all processes make the same; a seed that nobody gave is that of process 0.
-
-    Raises:
-        Exception: what `plan` raised here.
-        InputError: it raised something on another process, or the requests differ, or would end by the clock of each.
-    """
-    if placement is None or not placement.has_processes:
-        return plan()
-    request, error = None, None
-    try:
-        request = plan()
-    except Exception as raised:
-        error = raised
-    seed = 0 if request is None or is_seeded else request.seeds[0]
-    mine = b"" if request is None else _digest(request, is_seeded) + np.int64(seed).tobytes()
-    all_of_them = multihost_utils.process_allgather(np.frombuffer(mine.ljust(_DIGEST_BYTES + 8, b"\0"), np.uint8))
-    if request is None:
-        raise error
-    digests, seeds = all_of_them[:, :_DIGEST_BYTES], all_of_them[:, _DIGEST_BYTES:].copy().view(np.int64)[:, 0]
-    others = ", ".join(str(rank) for rank, digest in enumerate(digests) if (digest != digests[0]).any())
-    text = "arguments: expected the same on all processes, got others, or wrong ones, than process 0 on"
-    raise_if(InputError, "generate", [f"{text} {others}"] if others else [])
-    if request.settings.max_time is not None:
-        raise InputError("generate", ["max_time: expected None, the clocks of several processes differ"])
-    return request if is_seeded else request._replace(seeds=(int(seeds[0]),))
-
-
-def _digest(request: GenerationRequest, is_seeded: bool) -> bytes:
-    """Of the prompt and the options that have values; functions among them are the caller's business."""
-    plan = request.plan
-    arrays = [np.ascontiguousarray(x) for x in (plan.input_ids, plan.real)]
-    rest = repr((request.settings.to_dict(), request.strategy, plan.max_new_tokens, is_seeded and request.seeds))
-    content = b"".join(repr((x.shape, x.dtype)).encode() + x.tobytes() for x in arrays) + rest.encode()
-    return hashlib.blake2b(content, digest_size=_DIGEST_BYTES).digest()
 
 
 def _join_processes() -> None:

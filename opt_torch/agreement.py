@@ -4,10 +4,8 @@ Processes that have parts of one model wait for each other at every step; one th
 wait for ever. What they compute after that is the same on all, and so is where they stop.
 """
 
-import hashlib
 from collections.abc import Callable
 
-import numpy as np
 import torch.distributed as dist
 
 from opt_core.errors import InputError, raise_if
@@ -26,7 +24,7 @@ def agreed_request(plan: Callable[[], GenerationRequest], *, is_seeded: bool) ->
         request = plan()
     except Exception as raised:
         error = raised
-    mine = (None, None, f"{error}") if error else (_digest(request, is_seeded), request.seeds, None)
+    mine = (None, None, f"{error}") if error else (request.digest(is_seeded=is_seeded), request.seeds, None)
     all_of_them: list = [None] * dist.get_world_size()
     dist.all_gather_object(all_of_them, mine)
     if error is not None:
@@ -39,12 +37,3 @@ def agreed_request(plan: Callable[[], GenerationRequest], *, is_seeded: bool) ->
     if request.settings.max_time is not None:
         raise InputError("generate", ["max_time: expected None, the clocks of several processes differ"])
     return request._replace(seeds=all_of_them[0][1])
-
-
-def _digest(request: GenerationRequest, is_seeded: bool) -> str:
-    """Of the prompt and the options that have values; functions among them are the caller's business."""
-    plan = request.plan
-    arrays = [np.ascontiguousarray(x) for x in (plan.input_ids, plan.real)]
-    rest = repr((request.settings.to_dict(), request.strategy, plan.max_new_tokens, is_seeded and request.seeds))
-    content = b"".join(repr((x.shape, x.dtype)).encode() + x.tobytes() for x in arrays) + rest.encode()
-    return hashlib.sha256(content).hexdigest()

@@ -250,3 +250,18 @@ def test_a_seed_is_one_integer_or_one_for_each_prompt():
     assert asked(do_sample=True, seed=np.int64(3)).seeds == (3,)
     assert asked(do_sample=True, seed=np.array([3, 4])).seeds == (3, 4)
     assert asked(do_sample=True, seed=[2**64 - 1]).seeds == (2**64 - 1,)
+
+
+def test_requests_have_one_digest_where_they_ask_for_the_same():
+    def digest(*args, is_seeded=True, **options):
+        return asked(*args, **options).digest(is_seeded=is_seeded)
+
+    one = digest(max_new_tokens=3, do_sample=True, seed=5)
+    assert one == digest(max_new_tokens=3, do_sample=True, seed=5)
+    others = dict(max_new_tokens=4), dict(seed=6), dict(top_k=7), dict(ids=[[5, 6, 7], [8, 9, 11]]), dict(ids=IDS[:1])
+    for change in others:
+        assert digest(**dict(max_new_tokens=3, do_sample=True, seed=5) | change) != one
+
+
+def test_seeds_that_nobody_gave_are_not_in_the_digest():
+    assert asked(do_sample=True).digest(is_seeded=False) == asked(do_sample=True).digest(is_seeded=False)
