@@ -196,7 +196,8 @@ def pin_weights(placement: Placement | None, layer: nnx.Module, before_BTD: Arra
     """
     if placement is None:
         return
-    found = ((node, LAYER.get(".".join(map(str, path)))) for path, node in nnx.iter_graph(layer))
+    variables = ((path, node) for path, node in nnx.iter_graph(layer) if isinstance(node, nnx.Variable))
+    found = ((node, LAYER.get(".".join(map(str, path)))) for path, node in variables)
     nodes = [(node, placement.weight(dims)) for node, dims in found if dims]
     values = [lax.with_sharding_constraint(node.get_value(), sharding) for node, sharding in nodes]
     if before_BTD is not None:
