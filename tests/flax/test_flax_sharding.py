@@ -304,11 +304,12 @@ def test_torchrun_starts_the_processes_of_a_mesh(tmp_path):
     pytest.importorskip("torch")
     script = tmp_path / "script.py"
     script.write_text(
-        "import jax\nfrom opt_flax.sharding import init_mesh\n"
-        "mesh = init_mesh('fsdp=2')\nprint(jax.process_count(), mesh.devices.size)\n"
+        "import pathlib, sys\nimport jax\nfrom opt_flax.sharding import init_mesh\n"
+        "mesh = init_mesh('fsdp=2')\n"
+        "(pathlib.Path(sys.argv[1]) / f'rank-{jax.process_index()}').write_text(str(mesh.devices.size))\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script), str(tmp_path)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["2", "2"] * 2
+    assert {path.name: path.read_text() for path in tmp_path.glob("rank-*")} == {"rank-0": "2", "rank-1": "2"}
