@@ -51,6 +51,11 @@ def _summed(x: Tensor, mesh: DeviceMesh) -> Tensor:
     return DTensor.from_local(x, mesh, [Partial()], run_check=False).full_tensor()
 
 
+def _gathered(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
+    """All of what each process has a part of along `dim`."""
+    return DTensor.from_local(x, mesh, [Shard(dim)], run_check=False).full_tensor()
+
+
 class LocalLinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, _here(self.weight), _here(self.bias))
@@ -76,7 +81,7 @@ class Head(LinearByOutputs):
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
-        return DTensor.from_local(y, self.weight.device_mesh, [Shard(y.ndim - 1)], run_check=False).full_tensor()
+        return _gathered(y, self.weight.device_mesh, y.ndim - 1)
 
 
 class LocalEmbedding(Embedding):
@@ -112,7 +117,7 @@ class AttentionByHeads(Attention):
         # For q, k and v at once: the sum of their gradients is then summed over the processes once.
         y_BTD, present, weights_BNTS = super().forward(_shared(x_BTD, mesh), *others, head_mask_N)
         if weights_BNTS is not None:
-            weights_BNTS = DTensor.from_local(weights_BNTS, mesh, [Shard(1)], run_check=False).full_tensor()
+            weights_BNTS = _gathered(weights_BNTS, mesh, 1)
         return y_BTD, present, weights_BNTS
 
 
@@ -128,7 +133,7 @@ class VocabularyPart(NamedTuple):
 
     def whole(self, logits_RV: Tensor) -> Tensor:
         """The columns of all."""
-        return DTensor.from_local(logits_RV, self.mesh, [Shard(1)], run_check=False).full_tensor()
+        return _gathered(logits_RV, self.mesh, 1)
 
 
 def vocabulary_part(hidden_RE: Tensor, weight_VE: Tensor) -> tuple[Tensor, Tensor, VocabularyPart | None]:
@@ -138,7 +143,5 @@ def vocabulary_part(hidden_RE: Tensor, weight_VE: Tensor) -> tuple[Tensor, Tenso
     mesh, (placement,) = weight_VE.device_mesh, weight_VE.placements
     if not placement.is_shard(0):
         return hidden_RE, weight_VE.to_local(), None
-    hidden_RE = DTensor.from_local(hidden_RE, mesh, [Replicate()], run_check=False)
     local_VE = weight_VE.to_local()
-    part = VocabularyPart(mesh, first=mesh.get_local_rank() * len(local_VE))
-    return hidden_RE.to_local(grad_placements=[Partial()]), local_VE, part
+    return _shared(hidden_RE, mesh), local_VE, VocabularyPart(mesh, first=mesh.get_local_rank() * len(local_VE))
