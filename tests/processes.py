@@ -6,6 +6,7 @@ one has failed and the others do not follow, and when a test that started them e
 """
 
 import contextlib
+import importlib.util
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).parent.parent
 SECONDS_TO_FOLLOW = 30  # what the others have to end in, once one process has failed
@@ -100,6 +102,16 @@ def run_processes(
         done = job.wait(timeout)
         assert all(process.returncode == expect for process in done), f"expected {expect} from all\n{job.report()}"
     return done
+
+
+def module_of(script: Path) -> ModuleType:
+    """A worker's script as a module: what it does in several processes or on a mesh, a test does in its own."""
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[script.stem] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def free_port() -> int:

@@ -1,29 +1,18 @@
 """Training of a model on a mesh: the numbers of one device, on any mesh and over processes; killed, and resumed."""
 
-import importlib.util
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from harness import backends_asked_for, save_random
-from processes import run_processes, started_processes
+from processes import module_of, run_processes, started_processes
 
 from opt_zoo.training_log import LOG
 
 WORKERS = Path(__file__).parent / "workers"
 
-
-def worker(name: str):
-    """The script as a module: what it does on a mesh is done here on one device."""
-    spec = importlib.util.spec_from_file_location(name, WORKERS / f"{name}.py")
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-trains = worker("train_on_mesh")
+trains = module_of(WORKERS / "train_on_mesh.py")
 ON_DEVICES = ["tensor=2 pre_norm", "fsdp=2,tensor=2 style_of_350m", "tensor=2 resumed", "fsdp=4 shares"]
 IN_PROCESSES = ["fsdp=2 pre_norm", "fsdp=2 resumed", "fsdp=2 refused"]
 
@@ -158,14 +147,14 @@ def test_what_is_wrong_is_an_error_on_every_process(of_ranks):
 @pytest.fixture(scope="module")
 def unbroken(folder):
     """The run on one device that nobody kills."""
-    return worker("train_until_killed").run(folder, folder / "unbroken")
+    return module_of(WORKERS / "train_until_killed.py").run(folder, folder / "unbroken")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [1, 0])
 def test_when_a_process_is_killed_the_other_stops_and_the_run_goes_on_elsewhere(folder, unbroken, victim):
     """On two devices of one process, or on one device; with the losses of an unbroken run of one."""
-    killed, script = worker("train_until_killed"), WORKERS / "train_until_killed.py"
+    killed, script = module_of(WORKERS / "train_until_killed.py"), WORKERS / "train_until_killed.py"
     target = folder / f"killed {victim}"
     with started_processes(script, 2, folder, target, "fsdp=2") as job:
         wait_for_lines(target / LOG, 5)

@@ -5,7 +5,6 @@ are is settled when JAX starts.
 """
 
 import functools
-import importlib.util
 import json
 import math
 import os
@@ -17,22 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from harness import BOUND, ROUNDOFF, mask_named, reference_of, rounded_weights, save_random, worst_row
-from processes import ROOT, run_processes
+from processes import ROOT, module_of, run_processes
 
 from opt_core.schema import shapes
 from opt_core.sharding import Mesh, partition, shard_bytes, shard_slices
 
 WORKER = Path(__file__).parent / "workers" / "shard_model.py"
 FLOAT32 = BOUND["float32"] * ROUNDOFF["float32"]
-
-
-def module_of(path: Path):
-    """The script as a module: what it does on a mesh is done here on one device."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 worker = module_of(WORKER)
 SQUARE, CUBE = "fsdp=2,tensor=2", "data=2,fsdp=2,tensor=2"

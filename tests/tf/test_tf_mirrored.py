@@ -1,25 +1,15 @@
 """Data parallel under a MirroredStrategy: the numbers of one device with the same batches, in `fit` and the Trainer."""
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
 import pytest
 from harness import save_random
-from processes import run_processes
+from processes import module_of, run_processes
 
 WORKER = Path(__file__).parent / "workers" / "train_mirrored.py"
 
-
-def worker():
-    """The script as a module: what it does on two devices is done here on one."""
-    spec = importlib.util.spec_from_file_location(WORKER.stem, WORKER)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-trains = worker()
+trains = module_of(WORKER)
 
 
 SLOW = ("trainer in parts", "other losses", "callbacks")

@@ -1,12 +1,11 @@
 """A model on a mesh of devices computes what the reference does, each device with its parts of the weights alone."""
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
 import pytest
 from harness import BOUND, ROUNDOFF, mask_named, reference_of, save_random, worst_row
-from processes import run_processes
+from processes import module_of, run_processes
 
 from opt_core.reference import causal_lm_loss
 from opt_core.schema import parameter_count
@@ -16,15 +15,7 @@ WORKER = Path(__file__).parent / "workers" / "compute_on_mesh.py"
 MESHES = ("tensor=2", "fsdp=2,tensor=2", "data=2,tensor=2", "fsdp=2")
 FLOAT32 = BOUND["float32"] * ROUNDOFF["float32"]
 
-
-def worker():
-    spec = importlib.util.spec_from_file_location(WORKER.stem, WORKER)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = worker()
+script = module_of(WORKER)
 IDS, MASK = script.IDS, mask_named("left")
 
 

@@ -1,14 +1,12 @@
 """Training of a model that is cut over processes: the numbers of one process, on any mesh; killed, and resumed."""
 
-import importlib.util
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from harness import BOUND, ROUNDOFF, save_random
-from processes import run_processes, started_processes
+from processes import module_of, run_processes, started_processes
 
 from opt_torch.distributed_checkpoint import restore_distributed, save_distributed
 from opt_zoo.training_log import LOG
@@ -18,16 +16,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reaso
 
 WORKERS = Path(__file__).parent / "workers"
 
-
-def worker(name: str):
-    """The script as a module: what it does in several processes is done here in one."""
-    spec = importlib.util.spec_from_file_location(name, WORKERS / f"{name}.py")
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-trains = worker("train_sharded")
+trains = module_of(WORKERS / "train_sharded.py")
 MESHES = ("fsdp=2", "tensor=2")
 OF_FOUR = ("fsdp=2,tensor=2", "data=2,fsdp=2", "data=2,tensor=2", "data=4")
 FLOAT32 = BOUND["float32"] * ROUNDOFF["float32"]
@@ -172,7 +161,7 @@ def test_all_this_holds_for_four_processes_along_two_axes(tmp_path):
 
 # -- killed -----------------------------------------------------------------------------------------------------------
 
-killed = worker("train_until_killed")
+killed = module_of(WORKERS / "train_until_killed.py")
 
 
 @pytest.fixture(scope="module")

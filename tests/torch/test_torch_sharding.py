@@ -1,14 +1,13 @@
 """A model cut over processes computes what it computes whole, on every mesh; what cannot be cut is refused by all."""
 
 import functools
-import importlib.util
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from harness import BOUND, ROUNDOFF, mask_named, reference_of, save_random, worst_row
-from processes import run_processes
+from processes import module_of, run_processes
 
 from opt_core.schema import shapes
 from opt_core.sharding import Mesh, batch_rows, partition, shard_bytes, shard_slices
@@ -18,15 +17,6 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reaso
 
 WORKER = Path(__file__).parent / "workers" / "shard_model.py"
 FLOAT32 = BOUND["float32"] * ROUNDOFF["float32"]
-
-
-def module_of(path: Path):
-    """The script as a module: what it does in several processes is done here in one."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 worker = module_of(WORKER)
 SLOW = {2: (), 4: pytest.mark.slow}  # by the number of processes
