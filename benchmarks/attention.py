@@ -4,8 +4,9 @@
 
 Each cell, a contestant with a batch and a length, runs in a process of its own (attention_worker.py), the small ones
 first, the implementations in turn within it; figures are medians. A cell that would need more than --max-seconds or
---max-memory, by the estimate below, or more than is left of --budget, is in the tables as not run, with the estimate;
-so is what is not installed. transformers, where it is installed, takes the training step in PyTorch beside ours.
+--max-memory, by the estimate below, or more than is left of --budget, is in the tables as not run, with the estimate,
+or, of a training step, as the fused half alone where that fits; what is not installed is there too. transformers, where
+it is installed, takes the training step in PyTorch beside ours.
 Weights are random. The last line is one JSON document, which --output has from the first cell on. Exit code 1 where
 something failed.
 """
@@ -170,13 +171,18 @@ def run_cell(
     cell: Cell, options: argparse.Namespace, config: OPTConfig, ceilings: dict[str, Any], left: float, folder: str
 ) -> dict[str, Any]:
     """A row of the result: `status` "ok", "not run" or "failed", and of each implementation its figures."""
-    need = estimate(cell, options, config, ceilings)
+    names = implementations(cell)
+    need = estimate(cell, names, options, config, ceilings)
     row = {**cell._asdict(), "needs_seconds": round(need.seconds, 1), "needs_bytes": int(need.nbytes), "results": {}}
+    left_out = {}
     if reason := refusal(cell, need, options, config, left):
-        return {**row, "status": "not run", "reason": reason}
+        less = estimate(cell, (FUSED,), options, config, ceilings)
+        if cell.part != "training" or refusal(cell, less, options, config, left):
+            return {**row, "status": "not run", "reason": reason}
+        names, need, left_out = (FUSED,), less, {"eager": {"not_run": reason}}
     load_average, start = os.getloadavg()[0], time.perf_counter()
     try:
-        results = measure(cell, options, config, min(left, max(180, 4 * need.seconds)), folder)
+        results = measure(cell, names, options, config, min(left, max(180, 4 * need.seconds)), folder)
     except WorkerError as error:
         return {**row, "status": "failed", "reason": str(error)}
     row["seconds"], row["load_average"] = round(time.perf_counter() - start, 1), load_average
@@ -188,16 +194,17 @@ def run_cell(
         for result in results.values():
             if rate and "step_seconds" in result:
                 result["matrix_rate_share"] = flops / result["step_seconds"] / rate
-    return {**row, "status": "ok", "reason": "", "results": results}
+    return {**row, "status": "ok", "reason": "", "results": left_out | results}
+
+
+def implementations(cell: Cell) -> tuple[str, ...]:
+    return "eager", FUSED, *(MORE_ATTENTION[cell.contestant] if cell.part == "attention" else ())
 
 
 def measure(
-    cell: Cell, options: argparse.Namespace, config: OPTConfig, timeout: float, folder: str
+    cell: Cell, names: tuple[str, ...], options: argparse.Namespace, config: OPTConfig, timeout: float, folder: str
 ) -> dict[str, dict[str, Any]]:
     """The worker's answer; for inference, a process for each implementation, since each loads the model."""
-    names = ("eager", FUSED)
-    if cell.part == "attention":
-        names += MORE_ATTENTION[cell.contestant]
     groups = [(name,) for name in names] if cell.part == "inference" else [names]
     answer: dict[str, Any] = {}
     for group in groups:
@@ -253,8 +260,10 @@ def training_flops(cell: Cell, config: OPTConfig) -> float:
     return 3 * (prefill + cell.batch * (cell.length - 1) * 2 * config.vocab_size * config.word_embed_proj_dim)
 
 
-def estimate(cell: Cell, options: argparse.Namespace, config: OPTConfig, ceilings: dict[str, Any]) -> Need:
-    """Of a cell with all its turns, eager among them, whose products are of the whole square."""
+def estimate(
+    cell: Cell, names: tuple[str, ...], options: argparse.Namespace, config: OPTConfig, ceilings: dict[str, Any]
+) -> Need:
+    """Of a cell with all turns of the implementations; eager holds the whole square of scores, and multiplies it."""
     rate = RATE_SHARE * (ceilings["flops_per_second"] or 1e11)
     item, weights = ITEM_BYTES[cell.dtype], parameter_count(config) * ITEM_BYTES[cell.dtype]
     rows = cell.batch * cell.length
@@ -264,10 +273,11 @@ def estimate(cell: Cell, options: argparse.Namespace, config: OPTConfig, ceiling
         call = 4 * 4 * square * config.head_size / rate
         return Need(START_SECONDS[cell.contestant] + (2 + 2) * 2 * call, 20 * square + 5e8)
     if cell.part == "training":
-        step = training_flops(cell, config) / rate
-        timed = max(2 * step, min(options.seconds, options.runs * 2 * step))
-        kept = config.num_hidden_layers * (rows * (12 * config.hidden_size + 3 * config.ffn_dim) * item + 10 * square)
-        return Need(start + 4 * step + timed, 5 * weights + kept + 12 * rows * config.vocab_size)
+        turn = len(names) * training_flops(cell, config) / rate
+        timed = max(turn, min(options.seconds, options.runs * turn))
+        kept = rows * (12 * config.hidden_size + 3 * config.ffn_dim) * item + ("eager" in names) * 10 * square
+        nbytes = 5 * weights + config.num_hidden_layers * kept + 12 * rows * config.vocab_size
+        return Need(start + 2 * turn + timed, nbytes)
     work = work_of(config, cell.dtype, cell.batch, cell.length, options.new_tokens)
     call = work.prefill_flops / rate + options.new_tokens * 3 * work.step_bytes / (ceilings["bytes_per_second"] or 1e10)
     return Need(2 * (start + (2 + options.runs) * call), 3 * weights + 12 * square + 8 * rows * config.vocab_size)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from benchmarks import attention
-from benchmarks.attention import Cell, estimate, make_cells, refusal, run_cell
+from benchmarks.attention import Cell, estimate, implementations, make_cells, refusal, run_cell
 from benchmarks.attention_report import to_markdown
 from benchmarks.attention_worker import in_turn
 from opt_core import OPTConfig
@@ -49,7 +49,7 @@ def row(status: str = "ok", reason: str = "", **results) -> dict:
 )
 def test_a_cell_that_is_too_large_says_what_it_would_need(changes, left, why):
     result = run_cell(CELL, options(**changes), CONFIG, CEILINGS, left, "")
-    need = estimate(CELL, options(), CONFIG, CEILINGS)
+    need = estimate(CELL, implementations(CELL), options(), CONFIG, CEILINGS)
     assert result["status"] == "not run"
     assert result["reason"] == f"would need about {need.nbytes / 1e9:.1f} GB and {need.seconds:.0f} s; {why}"
     assert result["reason"] in to_markdown(document(result))
@@ -62,7 +62,28 @@ def test_a_backend_that_is_not_installed_is_not_run(monkeypatch):
 
 def test_a_prompt_leaves_room_for_the_new_tokens():
     cell = CELL._replace(part="inference")
-    assert "2055 tokens" in refusal(cell, estimate(cell, options(), CONFIG, CEILINGS), options(), CONFIG, 1e9)
+    need = estimate(cell, implementations(cell), options(), CONFIG, CEILINGS)
+    assert "2055 tokens" in refusal(cell, need, options(), CONFIG, 1e9)
+
+
+def test_fused_attention_is_measured_alone_where_eager_does_not_fit(monkeypatch):
+    asked = []
+
+    def answer(module, arguments, *rest):
+        asked.append(json.loads(arguments[0]))
+        return {"sdpa": {"step_seconds": 2.0, "step_bytes": 6_000_000}}
+
+    monkeypatch.setattr(attention, "run_process", answer)
+    whole, fused = (
+        estimate(CELL, names, options(), CONFIG, CEILINGS).nbytes / 1e9 for names in (implementations(CELL), ("sdpa",))
+    )
+    result = run_cell(CELL, options(max_memory=(whole + fused) / 2), CONFIG, CEILINGS, 1e9, "")
+    assert fused < whole
+    assert asked[0][7] == ["sdpa"]
+    assert attention.failures(result) == []
+    text = to_markdown(document(result))
+    assert "| 8 | 2048 |  | 2.000 |  |  | 6 |" in text
+    assert f"eager not_run: would need about {whole:.1f} GB" in text
 
 
 def test_a_process_that_fails_is_a_failed_cell(monkeypatch):
