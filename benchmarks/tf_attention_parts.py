@@ -3,8 +3,9 @@
     python benchmarks/tf_attention_parts.py
 
 Blocks of queries against all keys up to them, as opt_tf/rowwise.py does, but each part alone, on inputs that are there:
-both products, and the softmax between them. No program of these operators can be faster than their sum. The last line
-is one JSON document, in milliseconds.
+both products, and the softmax between them; their sum is what such blocks, one after another, cannot go below. Then the
+whole of it for groups of heads side by side, each with smaller blocks and a chain of its own. The last line is one JSON
+document, in milliseconds.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import tensorflow as tf
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from opt_tf.attention import eager_attention
+from opt_tf.rowwise import rowwise_attention
 
 
 def main() -> None:
@@ -38,6 +40,11 @@ def main() -> None:
     document = {"shape": shape, "tensorflow": tf.__version__, "eager": milliseconds(plain, options.runs, q, k, v)}
     document["blocks"] = {
         rows: parts(q, k, v, rows, options.runs) for rows in (128, 256, 512) if rows <= options.length
+    }
+    document["groups of heads"] = {
+        groups: milliseconds(by_groups(groups), options.runs, q, k, v)
+        for groups in (1, 2, 4, 12)
+        if options.heads % groups == 0
     }
     print(json.dumps(document))
 
@@ -70,6 +77,17 @@ def in_turn(part, pairs):
         return tf.add_n(kept)
 
     return lambda: run(*blocks)
+
+
+def by_groups(groups: int):
+    """opt_tf's attention for each group of heads apart; their graphs depend on nothing of one another."""
+
+    @tf.function
+    def run(q, k, v):
+        split = zip(*(tf.split(x, groups, axis=1) for x in (q, k, v)), strict=True)
+        return tf.concat([rowwise_attention(*parts) for parts in split], axis=1)
+
+    return run
 
 
 def milliseconds(function, runs: int, *arguments) -> float:
