@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeGuard
 from opt_core.errors import ConfigError, raise_if
 from opt_core.json_file import read_json_object
 from opt_core.presets import PRESETS
+from opt_core.small_files import find_file, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -345,7 +346,41 @@ class OPTConfig:
         """Writes `config.json` with sorted keys, to `path` itself or into the folder `path`."""
         path = Path(path)
         path = path / CONFIG_NAME if path.is_dir() else path
-        path.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        subfolder: str | None = None,
+        **changes,
+    ) -> "OPTConfig":
+        """The config of a folder, a `config.json` or a hub id; `changes` are fields that win over its own.
+
+        Checkpoints that keep their config elsewhere are opened by `conversion.open_checkpoint`; the sizes as published
+        need no file: `OPTConfig.preset`.
+
+        Raises:
+            ConfigError: lists every wrong field, or says where no config was found.
+            TypeError: an unknown keyword.
+        """
+        hub_options = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
+        path = find_file(
+            source, CONFIG_NAME, subfolder=subfolder, error=ConfigError, force_download=force_download, **hub_options
+        )
+        return cls.from_json(path).replace(**changes)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `config.json` into a folder, which is made where it is missing."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.check()
+        self.to_json(folder)
 
     def replace(self, **changes) -> "OPTConfig":
         """A copy with `changes`; a new number of labels renames the labels, a new width keeps no old projection."""

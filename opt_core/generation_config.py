@@ -16,6 +16,7 @@ import numpy as np
 
 from opt_core.errors import ConfigError, raise_if
 from opt_core.json_file import read_json_object
+from opt_core.small_files import find_file, write_whole
 
 GENERATION_CONFIG_NAME = "generation_config.json"
 
@@ -143,22 +144,31 @@ class GenerationConfig:
         return copy.deepcopy({**self.extra, **changed})
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "GenerationConfig":
-        """Reads `generation_config.json` of a folder, or the file itself.
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        subfolder: str | None = None,
+    ) -> "GenerationConfig":
+        """Reads `generation_config.json` of a folder or a hub id, or the file itself.
 
         Raises:
-            ConfigError: lists what is wrong with the file.
-            FileNotFoundError: there is none.
+            ConfigError: lists what is wrong with the file, or says where it was looked for.
         """
-        path = Path(folder)
-        path = path / GENERATION_CONFIG_NAME if path.is_dir() else path
+        hub_options = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
+        path = find_file(source, GENERATION_CONFIG_NAME, subfolder=subfolder, error=ConfigError, **hub_options)
         return cls.from_dict(read_json_object(path), source=str(path))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `generation_config.json` into a folder, keys sorted."""
         self.check()
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n"
-        (Path(folder) / GENERATION_CONFIG_NAME).write_text(text, encoding="utf-8")
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_whole(Path(folder) / GENERATION_CONFIG_NAME, text)
 
     # -- one call -----------------------------------------------------------------------------------------------------
 

@@ -21,10 +21,12 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from opt_core.batch_encoding import BatchEncoding, BatchLayout, encode_rows, rows_to_array
 from opt_core.errors import InputError, raise_if
+from opt_core.small_files import find_folder
 from opt_core.tokenizer_files import (
+    FILES,
+    PRESET_FILES,
     TokenizerParts,
     build_backend,
-    find_tokenizer_folder,
     read_tokenizer,
     write_tokenizer,
 )
@@ -84,8 +86,10 @@ class OPTTokenizer(TokensWithRoles):
         """
         check_setting_names("OPTTokenizer.from_pretrained", settings)
         hub_options = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
+        names = (*FILES, *PRESET_FILES)
+        folder = find_folder(source, names, subfolder=subfolder, error=TokenizerError, **hub_options)
         tokenizer = cls.__new__(cls)
-        tokenizer._set_up(read_tokenizer(find_tokenizer_folder(source, subfolder=subfolder, **hub_options)), settings)
+        tokenizer._set_up(read_tokenizer(folder), settings)
         return tokenizer
 
     def save_pretrained(self, folder: str | Path) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The files of a tokenizer: find them, read them, check them, write them. Nothing here encodes text.
+"""The files of a tokenizer: read them, check them, write them. Nothing here encodes text.
 
 Read are `tokenizer.json`, or else `vocab.json` with `merges.txt`; beside them `tokenizer_config.json`,
 `special_tokens_map.json` and `added_tokens.json`, in the layout of Hugging Face transformers 4.57.6. Of a KerasHub
@@ -6,8 +6,6 @@ preset, whose `tokenizer.json` is another kind of file, the vocabulary and the m
 """
 
 import json
-import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +18,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from opt_core.errors import ConfigError, raise_if
 from opt_core.json_file import read_json_object
+from opt_core.small_files import write_whole
 from opt_core.tokenizer_settings import FLAGS, OPT_ROLES, ROLES, SETTINGS, TokenizerError, as_added_token, is_token
 from opt_core.tokenizer_template import Template, post_processor_of, template_of
 
@@ -29,7 +28,6 @@ FILES = (VOCAB, MERGES, TOKENIZER, CONFIG, SPECIAL_TOKENS, ADDED_TOKENS)
 PRESET_FILES = ("assets/tokenizer/vocabulary.json", "assets/tokenizer/merges.txt")  # of KerasHub
 
 _SHOWN = 5  # of many problems of one kind, how many are spelt out
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass
@@ -45,36 +43,6 @@ class TokenizerParts:
 
 
 # -- finding ----------------------------------------------------------------------------------------------------------
-
-
-def find_tokenizer_folder(source: str | Path, *, subfolder: str | None = None, **hub_options) -> Path:
-    """The local folder of `source`: itself, or the cached copy of a hub repository, of which only `FILES` are fetched.
-
-    Raises:
-        TokenizerError: no such folder and no such repository.
-        ImportError: huggingface_hub, needed for a repository, is missing.
-    """
-    folder = Path(source)
-    if not folder.is_dir():
-        folder = _fetch(source, subfolder, hub_options)
-    return folder / subfolder if subfolder else folder
-
-
-def _fetch(source: str | Path, subfolder: str | None, hub_options: Mapping[str, Any]) -> Path:
-    if Path(source).exists() or not _HUB_ID.fullmatch(str(source)):
-        got = "a file" if Path(source).exists() else "neither"
-        raise TokenizerError(str(source), [f"source: expected a folder or a hub id as 'facebook/opt-125m', got {got}"])
-    try:
-        from huggingface_hub import snapshot_download
-    except ModuleNotFoundError:
-        raise ImportError(f"{source}: a hub id needs huggingface_hub; pip install huggingface_hub") from None
-    prefix = f"{subfolder}/" if subfolder else ""
-    try:
-        wanted = [prefix + name for name in (*FILES, *PRESET_FILES)]
-        return Path(snapshot_download(str(source), allow_patterns=wanted, **hub_options))
-    except (OSError, ValueError) as error:
-        problem = f"source: no folder of that name here, and the hub gave {type(error).__name__}: {error}"
-        raise TokenizerError(str(source), [problem]) from error
 
 
 def bpe_files(folder: Path) -> tuple[Path, Path] | None:
@@ -240,7 +208,9 @@ def write_tokenizer(
     if byte_level:
         files |= {VOCAB: _vocab_text(content["model"]), MERGES: _merges_text(content["model"])}
     folder.mkdir(parents=True, exist_ok=True)
-    return tuple(_write(folder / name, text) for name, text in files.items())
+    for name, text in files.items():
+        write_whole(folder / name, text)
+    return tuple(str(folder / name) for name in files)
 
 
 def _side_files(
@@ -269,10 +239,3 @@ def _merges_text(model: Mapping[str, Any]) -> str:
 
 def _json(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-
-
-def _write(path: Path, text: str) -> str:
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
-    return str(path)

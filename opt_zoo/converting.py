@@ -12,6 +12,7 @@ from conversion.formats import FORMATS, losses
 from conversion.write import CLASSES, is_of_a_checkpoint
 from opt_core.config import DTYPES
 from opt_core.errors import InputError, ProblemsError, raise_if
+from opt_core.small_files import find_folder
 from opt_zoo.console import byte_progress, print_json, stdout_console
 from opt_zoo.sources import add_source, display_name, find_source
 
@@ -123,11 +124,11 @@ def _check_target(opened: Path, target: Path, overwrite: bool) -> None:
 
 def _side_folder(source: str) -> Path | None:
     """Where the tokenizer's files would be."""
-    from opt_core.tokenizer_files import find_tokenizer_folder
+    from opt_core.tokenizer_files import FILES, PRESET_FILES
 
     path = Path(source)
     try:
-        return path.parent if path.is_file() else find_tokenizer_folder(source)
+        return path.parent if path.is_file() else find_folder(source, (*FILES, *PRESET_FILES), error=InputError)
     except (ProblemsError, OSError):
         return None
 

@@ -3,10 +3,10 @@
 import dataclasses
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 from opt_core.schema import parameter_count
+from opt_core.small_files import write_whole
 from opt_zoo.comparison import BOUNDS
 from opt_zoo.console import print_json
 from opt_zoo.environment import describe_environment
@@ -39,7 +39,7 @@ def write_json(report: dict[str, Any], path: str) -> None:
     if path == "-":
         print_json(report)
     else:
-        Path(path).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(report, indent=2, allow_nan=False) + "\n")
 
 
 def _cell(cell) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 import html
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
+from opt_core.small_files import write_whole
 from opt_zoo.parity import agreement_in_words, failures_in_words, numbers_in_words
 
 STYLE = """
@@ -27,7 +27,7 @@ GREEDY = (*NAMES, "greedy tokens", "ties", "verdict")
 
 
 def write_html(report: dict[str, Any], path: str) -> None:
-    Path(path).write_text(html_page(report), encoding="utf-8")
+    write_whole(path, html_page(report))
 
 
 def html_page(report: dict[str, Any]) -> str:

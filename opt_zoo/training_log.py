@@ -2,12 +2,13 @@
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from opt_core.small_files import write_whole
 
 LOG, PLOT = "log.jsonl", "training.png"
 Metrics = dict[str, float]
@@ -60,16 +61,6 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
 def belongs(line: dict[str, Any], steps: int) -> bool:
     """Whether a line is of the first `steps` steps: a step's number is from 0, a validation's is of steps done."""
     return line["step"] < steps if "loss" in line else line["step"] <= steps
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A file that is there with all of its text or not at all."""
-    partial = path.with_name(f".{path.name}.tmp")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def spelled(metrics: Metrics) -> str:

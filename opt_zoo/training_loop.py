@@ -29,7 +29,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from conversion.staging import sync_path
 from opt_core.batching import Batches
 from opt_core.errors import InputError, TrainingError, raise_if
-from opt_zoo.training_log import LOG, PLOT, Log, Metrics, Result, spelled, write_plot, write_whole
+from opt_core.small_files import write_whole
+from opt_zoo.training_log import LOG, PLOT, Log, Metrics, Result, spelled, write_plot
 
 RUN = "run.json"
 _CHECKPOINT = re.compile(r"step-(\d{6,})")
