@@ -10,6 +10,7 @@ from typing import Any
 from opt_core.config import DTYPES, OPTConfig
 from opt_core.errors import InputError, raise_if
 from opt_core.presets import PRESETS
+from opt_core.small_files import write_whole
 from opt_zoo.arguments import file_problems, some_of
 from opt_zoo.backends import BACKENDS, installed_backends
 from opt_zoo.console import counted_progress, stderr_console, stdout_console
@@ -45,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(option, type=int, default=default, metavar="N", help=help_)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-    parser.add_argument("--output", metavar="FILE", help="write the JSON document, with every sample")
+    parser.add_argument(
+        "--output", metavar="FILE", help="write the JSON document, with every sample, after each process"
+    )
     parser.add_argument("--plot", metavar="FILE", help="draw a PNG: roofline, and a step against the batch")
     parser.add_argument("--json", action="store_true", help="print the JSON document alone")
 
@@ -53,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measures, prints and writes; returns 0 where no process failed, else 1."""
     from opt_zoo.bench.checkpoints import config_of, write_copies
-    from opt_zoo.bench.summary import document
+    from opt_zoo.bench.summary import conditions, document
     from opt_zoo.bench.turns import measure
 
     source = args.source if args.source in PRESETS else find_source(args.source, None)
@@ -64,9 +67,12 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as parent, counted_progress("writing checkpoints", steps) as step:
         step("writing checkpoints")
         folders = write_copies(source, Path(parent), {(cell.format, cell.dtype) for cell in plan.cells})
-        measured = measure(plan, folders, step)
-    result = document(plan, measured)
-    write_files(result, args)
+        described = conditions(plan)
+        for measured in measure(plan, folders, step):
+            result = document(plan, measured, described)
+            if args.output:  # after each process: what stops a long run leaves what it had
+                write_whole(args.output, json.dumps(result, indent=1, allow_nan=False) + "\n")
+    draw(result, args)
     print_result(result, as_json=args.json)
     return 1 if any(row["status"] == "failed" for row in result["results"]) else 0
 
@@ -104,9 +110,8 @@ def check_arguments(args: argparse.Namespace, config: OPTConfig) -> None:
     raise_if(InputError, "opt-zoo bench", problems + file_problems(output=args.output, plot=args.plot))
 
 
-def write_files(result: dict[str, Any], args: argparse.Namespace) -> None:
-    if args.output:
-        Path(args.output).write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+def draw(result: dict[str, Any], args: argparse.Namespace) -> None:
+    """The picture that was asked for, and which files were written."""
     if args.plot:
         from opt_zoo.bench.plot import write_plot
 

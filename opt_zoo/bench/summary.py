@@ -18,8 +18,8 @@ SCHEMA = "opt-zoo/generation/1"
 CEILINGS = ("bytes_per_second", "flops_per_second")
 
 
-def document(plan: Plan, measured: list[Measured]) -> dict[str, Any]:
-    """The whole result as JSON data: what was measured, where, and a row for each cell."""
+def document(plan: Plan, measured: list[Measured], described: dict[str, Any]) -> dict[str, Any]:
+    """The whole result as JSON data: what was measured, where (`conditions`), and a row for each cell."""
     return {
         "schema": SCHEMA,
         "source": plan.source,
@@ -28,7 +28,7 @@ def document(plan: Plan, measured: list[Measured]) -> dict[str, Any]:
         "new_tokens": plan.new_tokens,
         "repeats": plan.repeats,
         "runs": plan.runs,
-        **conditions(plan),
+        **described,
         "results": [row(measurement, plan) for measurement in measured],
     }
 

@@ -80,8 +80,11 @@ def make_cells(
                 yield from (Cell(*names, dtype, batch, prompt_tokens) for names in contestants)
 
 
-def measure(plan: Plan, folders: dict[tuple[str, str], Path], step: Callable[[str], None]) -> list[Measured]:
-    """Measures all cells `repeats` times over; `folders` are the checkpoints by format and dtype."""
+def measure(plan: Plan, folders: dict[tuple[str, str], Path], step: Callable[[str], None]) -> Iterator[list[Measured]]:
+    """Measures all cells `repeats` times over; yields after each what has been measured so far, of all cells.
+
+    `folders` are the checkpoints by format and dtype.
+    """
     samples: dict[Cell, list[dict[str, Any]]] = {cell: [] for cell in plan.cells}
     ended: dict[Cell, tuple[str, str]] = {}
     for turn in range(plan.repeats):
@@ -96,12 +99,13 @@ def measure(plan: Plan, folders: dict[tuple[str, str], Path], step: Callable[[st
                 sample = measure_once(plan, cell, folders[cell.format, cell.dtype])
             except WorkerError as error:
                 ended[cell] = ("failed", str(error))
-                continue
-            if "not_run" in sample:
-                ended[cell] = ("not run", sample["not_run"])
             else:
-                samples[cell].append({**sample, **ceilings})
-    return [Measured(cell, *ended.get(cell, ("ok", "")), tuple(samples[cell])) for cell in plan.cells]
+                if "not_run" in sample:
+                    ended[cell] = ("not run", sample["not_run"])
+                else:
+                    samples[cell].append({**sample, **ceilings})
+            begun = [cell for cell in plan.cells if cell in ended or samples[cell]]
+            yield [Measured(cell, *ended.get(cell, ("ok", "")), tuple(samples[cell])) for cell in begun]
 
 
 def measure_once(plan: Plan, cell: Cell, folder: Path) -> dict[str, Any]:

@@ -112,6 +112,24 @@ def test_a_process_that_fails_is_reported_with_its_error_and_exit_code_1(opt_zoo
     assert [job.batch for job in tried] == [2, 3, 2, 2, 2, 2]
 
 
+def test_a_run_that_is_stopped_leaves_what_it_had_measured(opt_zoo, without_processes, tmp_path):
+    path, seen = tmp_path / "b.json", []
+
+    def worker(job):
+        seen.append(
+            [(row["batch"], len(row["samples"])) for row in json.loads(path.read_text())["results"]] if seen else []
+        )
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return SAMPLE
+
+    without_processes["worker"] = worker
+    code, _, _ = opt_zoo("bench", "opt-tiny", *QUICK, "--repeats", "5", "--output", path)
+    assert code == 130
+    assert seen == [[], [(2, 1)], [(2, 1), (3, 1)], [(2, 2), (3, 1)]]
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_wrong_arguments_are_refused_all_at_once(opt_zoo, tmp_path):
     wrong = ["--new-tokens", "2", "--repeats", "0", "--runs", "0", "--plot", tmp_path / "no" / "p.png"]
     code, out, err = opt_zoo("bench", "opt-tiny", "--prompt", "5000", *wrong)
