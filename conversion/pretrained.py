@@ -14,6 +14,7 @@ from opt_core.checks import check_config
 from opt_core.config import DTYPES, OPTConfig
 from opt_core.errors import ConfigError, InputError, raise_if
 from opt_core.generation_config import GENERATION_CONFIG_NAME, GenerationConfig
+from opt_core.keywords import LOADING, published_problems
 from opt_core.schema import SCHEMA, head_names, shapes
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def open_pretrained(
 
     Args:
         source: a folder, a weight file, or a hub id.
-        overrides: config fields that the caller gave by keyword.
+        overrides: config fields that the caller gave by keyword, or arguments that `opt_core.keywords` knows.
         dtype: None for float32, "auto" for the stored one, or one of `opt_core.config.DTYPES`, as a name or a type.
         hub_options: see `conversion.hub.resolve`.
 
@@ -52,11 +53,10 @@ def open_pretrained(
         CheckpointError: lists every missing, unexpected or mis-shaped tensor.
     """
     known = {f.name for f in dataclasses.fields(OPTConfig)} | {"bias"}
-    raise_if(
-        ConfigError,
-        "from_pretrained",
-        [f"{name}: neither an argument nor a field of OPTConfig" for name in overrides if name not in known],
-    )
+    wrong = [name for name in overrides if name not in known and name not in LOADING]
+    problems = [f"{name}: neither an argument nor a field of OPTConfig" for name in wrong]
+    raise_if(ConfigError, "from_pretrained", [*problems, *published_problems(overrides, LOADING)])
+    overrides = {name: value for name, value in overrides.items() if name not in LOADING}
     if config is not None:
         check_config(config)
     checkpoint = open_checkpoint(resolve(source, **hub_options), config=config, overrides=overrides)

@@ -4,15 +4,13 @@ Backends pass shapes always, and values (NumPy arrays) where they are known: eag
 `torch.compile` they are not. `model.check_inputs(...)` runs the same checks outside the compiled function.
 """
 
-import difflib
-import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from opt_core.config import OPTConfig
-from opt_core.errors import InputError, KeywordError, raise_if
+from opt_core.errors import InputError, raise_if
 
 # What every backend has on every device: step by step, and the fused path of the framework. A backend may have more.
 ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
@@ -267,22 +265,6 @@ def check_labels(name: str, labels: Known, shape: Sequence[int | None], classes:
             got = labels.values[wrong].flat[0]
             problems.append(f"{name}: expected 0 to {classes - 1}, or -100 to ignore, got {got}")
     raise_if(InputError, "invalid arguments", problems)
-
-
-def arguments_of(function: Callable) -> tuple[str, ...]:
-    """The names of the arguments of `function` that a caller may give by keyword."""
-    parameters = inspect.signature(function).parameters.values()
-    named = (p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
-    return tuple(p.name for p in named if p.name != "self")
-
-
-def check_keywords(unknown: Iterable[str], known: Iterable[str]) -> None:
-    """Raises a KeywordError that lists the `unknown` keywords, each with the `known` one it may have meant."""
-    problems, known = [], tuple(known)
-    for name in unknown:
-        close = difflib.get_close_matches(name, known, n=1)
-        problems.append(f"{name}: unknown keyword" + (f"; did you mean {close[0]}?" if close else ""))
-    raise_if(KeywordError, "invalid arguments", problems)
 
 
 def check_config(config) -> None:

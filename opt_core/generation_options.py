@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from opt_core.checks import check_keywords
 from opt_core.config import OPTConfig
 from opt_core.errors import ProblemsError
 from opt_core.generation import GenerationPlan, id_problems
 from opt_core.generation_config import GenerationConfig, plain
+from opt_core.keywords import GENERATING, check_keywords
 
 GREEDY, SAMPLE, BEAM, CONTRASTIVE, ASSISTED = "greedy", "sample", "beam", "contrastive", "assisted"
 
@@ -89,8 +89,9 @@ def checked_settings(base: GenerationConfig, options: Mapping[str, Any]) -> tupl
     Raises:
         KeywordError: an option that does not exist.
     """
-    unknown = [name for name in options if name not in _OPTIONS and name not in NOT_DONE]
-    check_keywords(unknown, (*_OPTIONS, *CALL_ARGUMENTS, "input_ids", "attention_mask", "generation_config"))
+    others = {name: value for name, value in options.items() if name not in NOT_DONE}
+    known = (*_OPTIONS, *CALL_ARGUMENTS, "input_ids", "attention_mask", "generation_config")
+    check_keywords(others, known, GENERATING)
     settings, problems = _merged(base, {name: options[name] for name in options if name in _OPTIONS})
     asked = {**base.extra, **{name: options[name] for name in options if name in NOT_DONE}}
     return settings, problems + _not_done_problems(asked)

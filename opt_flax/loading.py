@@ -15,6 +15,7 @@ from conversion.parameters import read_parameters
 from conversion.pretrained import Pretrained, open_pretrained
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
+from opt_core.keywords import SAVING, arguments_of, check_keywords, only_one
 from opt_core.schema import published_name, shapes
 from opt_flax.layers import shapes_only
 from opt_flax.processes import Whole, write_from_first
@@ -67,12 +68,13 @@ class LoadingMixin:
         Raises:
             ConfigError, CheckpointError, InputError: everything wrong with the files or arguments; nothing is loaded.
         """
+        only_one("from_pretrained", device=device, device_mesh=device_mesh)
         pretrained = open_pretrained(
             source,
             cls.task,
             config=config,
             overrides=overrides,
-            dtype=_name_of(dtype if dtype is not None else torch_dtype),
+            dtype=_name_of(only_one("from_pretrained", dtype=dtype, torch_dtype=torch_dtype)),
             revision=revision,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
@@ -80,8 +82,6 @@ class LoadingMixin:
             token=token,
             subfolder=subfolder,
         )
-        if device is not None and device_mesh is not None:
-            raise InputError("from_pretrained", ["device, device_mesh: expected one of them, got both"])
         placement = None if device_mesh is None else placement_on(device_mesh, pretrained.config, cls.task)
         model = cls._from_checkpoint(pretrained, attn_implementation, device, placement, rngs, compute_dtype)
         if pretrained.generation_config is not None:
@@ -121,7 +121,13 @@ class LoadingMixin:
         return model
 
     def save_pretrained(
-        self, folder, *, max_shard_size: int | str = "5GB", overwrite: bool = True, allow_nonfinite: bool = False
+        self,
+        folder,
+        *,
+        max_shard_size: int | str = "5GB",
+        overwrite: bool = True,
+        allow_nonfinite: bool = False,
+        **published,
     ) -> None:
         """Writes config.json and safetensors in the published layout, which any backend loads.
 
@@ -131,7 +137,9 @@ class LoadingMixin:
 
         Raises:
             InputError: the model has adapters, which this would leave out.
+            KeywordError: an argument of the published method that asks for something else than this does.
         """
+        check_keywords(published, arguments_of(self.save_pretrained), SAVING)
         if self.lora is not None:
             remedy = "save_adapter writes them alone, merge_lora adds them to the weights"
             raise InputError("save_pretrained", [f"model: expected one without adapters; {remedy}"])

@@ -1,7 +1,7 @@
 """What the published classes share, Flax NNX: the checked call, embeddings, cache, loading."""
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax
@@ -10,8 +10,9 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from opt_core.checks import arguments_of, check_config, check_inputs, check_keywords
+from opt_core.checks import check_config, check_inputs
 from opt_core.config import OPTConfig
+from opt_core.keywords import CALLING, arguments_of, check_keywords
 from opt_core.lora import LoraConfig
 from opt_core.outputs import BaseModelOutput
 from opt_core.sharding import Mesh
@@ -177,14 +178,14 @@ class FlaxOPTPreTrainedModel(SurgeryMixin, LoadingMixin, nnx.Module):
         use_cache: bool | None,
         output_attentions: bool | None,
         output_hidden_states: bool | None,
-        unknown: Iterable[str],
+        unknown: Mapping[str, object],
         logits_to_keep: int = 0,
         segment_ids=None,
         head_mask=None,
     ) -> BaseModelOutput:
         """Takes defaults from the config, checks everything, and runs the decoder."""
         config = self.config
-        check_keywords(unknown, arguments_of(self.__call__))
+        check_keywords(unknown, arguments_of(self.__call__), CALLING)
         given = (input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, logits_to_keep)
         self.check_inputs(*given, segment_ids, use_cache, head_mask)
         attention_mask = as_tensor(attention_mask)

@@ -20,9 +20,10 @@ from jax.sharding import NamedSharding
 
 from conversion.slices import read_part
 from conversion.training_state import read_training_state, write_training_state
-from opt_core.checks import arguments_of, check_labels
+from opt_core.checks import check_labels
 from opt_core.errors import InputError, TrainingError
 from opt_core.freed_memory import give_back_freed_memory
+from opt_core.keywords import arguments_of
 from opt_core.optimization import Moments, TrainingRecipe
 from opt_core.reference import IGNORED_LABEL
 from opt_core.sharding import local_batch

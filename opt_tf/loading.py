@@ -13,6 +13,7 @@ from conversion.parameters import read_parameters
 from conversion.pretrained import Pretrained, open_pretrained
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
+from opt_core.keywords import SAVING, arguments_of, check_keywords, only_one
 from opt_core.schema import published_name, shapes
 from opt_core.sharding import RULES
 from opt_tf.layers import Module, no_values
@@ -63,9 +64,8 @@ class LoadingMixin:
         Raises:
             ConfigError, CheckpointError, InputError: everything wrong with the files or arguments; nothing is loaded.
         """
-        if device is not None and device_mesh is not None:
-            raise InputError("from_pretrained", ["device, device_mesh: expected one of them, got both"])
-        dtype = dtype if dtype is not None else torch_dtype
+        only_one("from_pretrained", device=device, device_mesh=device_mesh)
+        dtype = only_one("from_pretrained", dtype=dtype, torch_dtype=torch_dtype)
         policy = _mixed_policy(dtype)
         pretrained = open_pretrained(
             source,
@@ -111,7 +111,13 @@ class LoadingMixin:
         return model
 
     def save_pretrained(
-        self, folder, *, max_shard_size: int | str = "5GB", overwrite: bool = True, allow_nonfinite: bool = False
+        self,
+        folder,
+        *,
+        max_shard_size: int | str = "5GB",
+        overwrite: bool = True,
+        allow_nonfinite: bool = False,
+        **published,
     ) -> None:
         """Writes config.json and safetensors in the published layout, which any backend loads.
 
@@ -120,7 +126,9 @@ class LoadingMixin:
 
         Raises:
             InputError: the model has adapters, which this would leave out.
+            KeywordError: an argument of the published method that asks for something else than this does.
         """
+        check_keywords(published, arguments_of(self.save_pretrained), SAVING)
         if self.lora is not None:
             remedy = "save_adapter writes them alone, merge_lora adds them to the weights"
             raise InputError("save_pretrained", [f"model: expected one without adapters; {remedy}"])

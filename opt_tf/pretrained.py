@@ -1,6 +1,6 @@
 """What the published classes share, TensorFlow: the checked call, Keras training, embeddings, cache, loading."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import ClassVar
 
 import keras
@@ -9,9 +9,10 @@ import tensorflow as tf
 from tensorflow import Tensor
 from tensorflow.experimental import dtensor
 
-from opt_core.checks import arguments_of, check_config, check_inputs, check_keywords
+from opt_core.checks import check_config, check_inputs
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError, ProblemsError
+from opt_core.keywords import CALLING, arguments_of, check_keywords
 from opt_core.lora import LoraConfig
 from opt_core.outputs import BaseModelOutput
 from opt_core.sharding import Mesh
@@ -143,7 +144,8 @@ class TFOPTPreTrainedModel(SurgeryMixin, LoadingMixin, keras.Model):
         elif input_ids is not None:
             args = (input_ids, *args)
         arguments.update(zip(names, args, strict=False))
-        check_keywords(arguments.keys() - set(names), names)
+        unknown = {name: arguments.pop(name) for name in arguments.keys() - set(names)}
+        check_keywords(unknown, names, CALLING)
         for name in arguments.keys() - _NOT_TENSORS:
             arguments[name] = as_tensor(arguments[name])
         for name in arguments.keys() & _NOT_TENSORS:
@@ -199,14 +201,14 @@ class TFOPTPreTrainedModel(SurgeryMixin, LoadingMixin, keras.Model):
         output_attentions: bool | None,
         output_hidden_states: bool | None,
         training: bool | None,
-        unknown: Iterable[str],
+        unknown: Mapping[str, object],
         logits_to_keep: int = 0,
         segment_ids=None,
         head_mask=None,
     ) -> BaseModelOutput:
         """Takes defaults from the config, checks everything, and runs the decoder."""
         config = self.config
-        check_keywords(unknown, arguments_of(self.call))
+        check_keywords(unknown, arguments_of(self.call), CALLING)
         given = (input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, logits_to_keep)
         self.check_inputs(*given, segment_ids, use_cache, head_mask)
         attention_mask = as_tensor(attention_mask)

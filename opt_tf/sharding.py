@@ -15,8 +15,9 @@ import tensorflow as tf
 from tensorflow import Tensor
 from tensorflow.experimental import dtensor
 
-from opt_core.checks import arguments_of, check_labels
+from opt_core.checks import check_labels
 from opt_core.errors import InputError, raise_if
+from opt_core.keywords import arguments_of
 from opt_core.sharding import RULES, Mesh, Rules, Spec, batch_axes, partition, shard_slices
 from opt_tf.attention import FUSED
 from opt_tf.cache import Cache

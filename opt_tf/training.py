@@ -14,9 +14,10 @@ import tensorflow as tf
 from tensorflow import Tensor
 
 from conversion.training_state import read_training_state, write_training_state
-from opt_core.checks import arguments_of, check_labels
+from opt_core.checks import check_labels
 from opt_core.errors import InputError, TrainingError
 from opt_core.freed_memory import give_back_freed_memory
+from opt_core.keywords import arguments_of
 from opt_core.optimization import Moments, TrainingRecipe
 from opt_tf import losses
 from opt_tf.inputs import as_tensor, known

@@ -13,6 +13,7 @@ from conversion.parameters import read_parameters
 from conversion.pretrained import Pretrained, open_pretrained
 from opt_core.config import DTYPES, OPTConfig
 from opt_core.errors import InputError
+from opt_core.keywords import SAVING, arguments_of, check_keywords, only_one
 from opt_core.schema import published_name, shapes
 
 
@@ -62,10 +63,7 @@ class LoadingMixin:
         Raises:
             ConfigError, CheckpointError, InputError: everything wrong with the files or arguments; nothing is loaded.
         """
-        given = dict(device=device, device_mesh=device_mesh, device_map=device_map)
-        given = [name for name, value in given.items() if value is not None]
-        if len(given) > 1:
-            raise InputError("from_pretrained", [f"expected one of {', '.join(given)}, got {len(given)}"])
+        only_one("from_pretrained", device=device, device_mesh=device_mesh, device_map=device_map)
         if device_map is not None or max_memory is not None:
             from opt_torch.offloading import check_places, load_placed
 
@@ -75,7 +73,7 @@ class LoadingMixin:
             cls.task,
             config=config,
             overrides=overrides,
-            dtype=_name_of(dtype if dtype is not None else torch_dtype),
+            dtype=_name_of(only_one("from_pretrained", dtype=dtype, torch_dtype=torch_dtype)),
             revision=revision,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
@@ -115,7 +113,13 @@ class LoadingMixin:
         return model.eval()
 
     def save_pretrained(
-        self, folder, *, max_shard_size: int | str = "5GB", overwrite: bool = True, allow_nonfinite: bool = False
+        self,
+        folder,
+        *,
+        max_shard_size: int | str = "5GB",
+        overwrite: bool = True,
+        allow_nonfinite: bool = False,
+        **published,
     ) -> None:
         """Writes config.json and safetensors in the published layout, which any backend loads.
 
@@ -125,7 +129,9 @@ class LoadingMixin:
 
         Raises:
             InputError: the model has adapters, which this would leave out.
+            KeywordError: an argument of the published method that asks for something else than this does.
         """
+        check_keywords(published, arguments_of(self.save_pretrained), SAVING)
         if self.lora is not None:
             remedy = "save_adapter writes them alone, merge_lora adds them to the weights"
             raise InputError("save_pretrained", [f"model: expected one without adapters; {remedy}"])

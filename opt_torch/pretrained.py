@@ -6,9 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from opt_core.checks import arguments_of, check_config, check_inputs, check_keywords
+from opt_core.checks import check_config, check_inputs
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
+from opt_core.keywords import CALLING, arguments_of, check_keywords
 from opt_core.lora import LoraConfig
 from opt_core.outputs import BaseModelOutput
 from opt_core.sharding import RULES, Mesh
@@ -162,9 +163,7 @@ class OPTPreTrainedModel(SurgeryMixin, LoadingMixin, nn.Module):
     ) -> BaseModelOutput:
         """Takes defaults from the config, checks everything, and runs the decoder."""
         config, device = self.config, self.device
-        if unknown.get("return_dict", False) in (None, True):  # PEFT sends it; what is returned is both
-            unknown = unknown.keys() - {"return_dict"}
-        check_keywords(unknown, arguments_of(self.forward))
+        check_keywords(unknown, arguments_of(self.forward), CALLING)
         given = (input_ids, attention_mask, position_ids, inputs_embeds, past_key_values, logits_to_keep)
         self.check_inputs(*given, segment_ids, use_cache, head_mask)
         attention_mask = as_tensor(attention_mask, device)

@@ -9,6 +9,7 @@ from harness import NUMPY_DTYPES, VARIANTS, Backend, config_of, rounded_weights,
 
 from conversion import write_checkpoint
 from opt_core import OPTConfig
+from opt_core.errors import ConfigError, InputError, KeywordError
 from opt_core.schema import head_names, shapes
 
 
@@ -135,6 +136,28 @@ def test_config_fields_can_be_given_by_keyword(backend, tmp_path):
     assert model(token_ids(config_of())).logits.shape == (4, 7)
     with pytest.raises(ValueError, match="num_label: neither an argument nor a field of OPTConfig"):
         backend.model_class().from_pretrained(tmp_path, num_label=7)
+
+
+def test_published_arguments_are_taken_or_told_what_to_write(backend, tmp_path):
+    save_random(tmp_path, config_of())
+    model_class = backend.model_class()
+    model = model_class.from_pretrained(tmp_path, low_cpu_mem_usage=True, use_safetensors=True, trust_remote_code=False)
+    with pytest.raises(ConfigError) as caught:
+        model_class.from_pretrained(tmp_path, from_tf=True, load_in_8bit=True, num_label=7)
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == ["num_label", "from_tf", "load_in_8bit"]
+    with pytest.raises(InputError, match="dtype, torch_dtype: expected one of them, got 2"):
+        model_class.from_pretrained(tmp_path, dtype="float16", torch_dtype="bfloat16")
+    model.save_pretrained(tmp_path / "saved", safe_serialization=True)
+    with pytest.raises(KeywordError, match="safe_serialization: expected None or True, got False; opt-zoo convert"):
+        model.save_pretrained(tmp_path / "other", safe_serialization=False)
+    with pytest.raises(KeywordError, match="max_shards_size: unknown keyword; did you mean max_shard_size"):
+        model.save_pretrained(tmp_path / "other", max_shards_size="5GB")
+    assert not (tmp_path / "other").exists()
+    assert model(token_ids(config_of()), return_dict=True).logits is not None
+    with pytest.raises(KeywordError, match="return_dict: expected None or True, got False; outputs are named tuples"):
+        model(token_ids(config_of()), return_dict=False)
+    with pytest.raises(KeywordError, match="inputs: expected None, got ndarray; it is called input_ids"):
+        model.generate(inputs=token_ids(config_of()))
 
 
 def test_a_base_model_loads_from_a_language_model_and_back(backend, tmp_path):

@@ -9,14 +9,12 @@ from hypothesis import strategies as st
 from opt_core.checks import (
     Known,
     KnownCache,
-    arguments_of,
     check_choice,
     check_head_mask,
     check_inputs,
-    check_keywords,
     check_labels,
 )
-from opt_core.errors import InputError, KeywordError
+from opt_core.errors import InputError
 
 CONFIG = config_of(vocab_size=97, max_position_embeddings=11, word_embed_proj_dim=19)
 
@@ -293,35 +291,7 @@ def test_right_labels_pass_as_do_numbers_where_no_classes_are_asked_for():
     check_labels("labels", Known((None, 3), "int32"), (2, 3), 5)
 
 
-# -- keywords and choices ---------------------------------------------------------------------------------------------
-
-
-def test_a_misspelt_keyword_is_told_what_it_may_have_meant():
-    with pytest.raises(KeywordError) as caught:
-        check_keywords(["atention_mask", "xyz"], ["input_ids", "attention_mask"])
-    assert caught.value.problems == (
-        "atention_mask: unknown keyword; did you mean attention_mask?",
-        "xyz: unknown keyword",
-    )
-    check_keywords([], ["input_ids"])
-
-
-def test_known_keywords_may_come_from_a_generator():
-    with pytest.raises(KeywordError) as caught:
-        check_keywords(["input_idz", "labelz"], (name for name in ("input_ids", "labels")))
-    assert [line.rpartition(" ")[2] for line in caught.value.problems] == ["input_ids?", "labels?"]
-
-
-def test_the_arguments_of_a_function_are_those_a_caller_may_name():
-    def call(self, input_ids, *, labels=None, **unknown): ...
-
-    assert arguments_of(call) == ("input_ids", "labels")
-
-
-def test_positional_leftovers_are_no_keywords():
-    def call(input_ids, *rest, labels=None): ...
-
-    assert arguments_of(call) == ("input_ids", "labels")
+# -- choices ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_choice_outside_the_list_is_refused():

@@ -256,7 +256,7 @@ def test_what_cannot_be_done_is_refused(found, processes, text, variant, what):
         "rules": ("rules: expected letters of the schema, got 'Z'",),
         "axes": ("expected one of the rules', data, fsdp, tensor",),
         "no mesh": ("device_mesh: expected a jax.sharding.Mesh, got str",),
-        "device": ("device, device_mesh: expected one of them, got both",),
+        "device": ("device, device_mesh: expected one of them, got 2",),
         "devices": (f"fsdp 3 x tensor 5: expected as many devices as there are, {8 if processes == 1 else processes}",),
         "save": ("expected a folder, got a file",),
     }

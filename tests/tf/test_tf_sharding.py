@@ -121,7 +121,7 @@ REFUSED = {
     "twice": "expected one that is on no mesh",
     "adapters": "expected one without adapters",
     "what does not divide": "3 problems",
-    "a device, too": "expected one of them, got both",
+    "a device, too": "expected one of them, got 2",
     "too many devices": "expected 8 of kind CPU, got 2",
     "no such device": "expected one of CPU, GPU, TPU",
 }

@@ -266,7 +266,7 @@ WRONG = [
             "max_memory: expected .* got 'tape'",
         ],
     ),
-    (dict(device_map="auto", device="cpu"), ["expected one of device, device_map, got 2"]),
+    (dict(device_map="auto", device="cpu"), ["device, device_map: expected one of them, got 2"]),
 ]
 
 
