@@ -121,4 +121,4 @@ def _gap(a: np.ndarray, b: np.ndarray) -> tuple[int, float]:
         if a.dtype != b.dtype:
             differ = ~((wide_a == wide_b) | (np.isnan(wide_a) & np.isnan(wide_b)))
         gaps = np.abs(wide_a - wide_b)[differ]
-    return gaps.size, float(np.nan_to_num(gaps, nan=np.inf).max(initial=0.0))
+    return gaps.size, float(np.nan_to_num(gaps, nan=np.inf, posinf=np.inf).max(initial=0.0))

@@ -49,6 +49,14 @@ def test_differing_values_are_counted_with_their_largest_distance(opt_zoo, check
     assert not any(report[key] for key in ("config", "missing", "extra", "shapes", "dtypes"))
 
 
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_a_value_that_is_not_finite_in_one_of_the_two_has_no_distance(opt_zoo, checkpoint, changed, value):
+    code, out, _ = opt_zoo("diff", checkpoint, changed("other", lambda tensors: tensors[BIAS].__setitem__(0, value)))
+    assert code == 1
+    assert f"{BIAS}: 1 of " in out
+    assert "values differ, where one is not finite" in out
+
+
 def test_text_names_weights_values_and_distance(opt_zoo, checkpoint, changed):
     other = changed("other", lambda tensors: tensors[BIAS].__setitem__(0, 7))
     code, out, _ = opt_zoo("diff", checkpoint, other)
