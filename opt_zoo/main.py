@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from opt_core.errors import MissingFrameworkError, ProblemsError
+from opt_core.errors import InputError, MissingFrameworkError, ProblemsError
 from opt_zoo.console import stderr_console
 from opt_zoo.environment import package_version
 
@@ -39,11 +39,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return NO_READER
     except (ProblemsError, MissingFrameworkError, OSError) as error:
-        text = str(error).removeprefix(f"opt-zoo {args.command}: ")
-        stderr_console().print(f"opt-zoo {args.command}: error: {text}", style="red", markup=False)
+        text = f"opt-zoo {args.command}: error: {_without_command(error, args.command)}"
+        stderr_console().print(text, style="red", markup=False)
         return BAD_INPUT
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _without_command(error: Exception, command: str) -> str:
+    """The text of an error whose title may be the command or the call behind it, `generate`."""
+    if isinstance(error, InputError) and error.title in (command, "opt-zoo", f"opt-zoo {command}"):
+        return str(error).removeprefix(f"{error.title}: ")
+    return str(error)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -16,6 +16,19 @@ def with_missing_framework(monkeypatch, name):
     monkeypatch.setitem(BACKENDS, name, BACKENDS[name]._replace(frameworks=("no_such_framework",)))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "beginning"),
+    [
+        (["generate", "a", "--num-beams", "0", "--backend", "torch"], "opt-zoo generate: error: num_beams: expected"),
+        (["inspect", "opt-tiny", "--model", "opt-tiny"], "opt-zoo inspect: error: --model: expected"),
+    ],
+)
+def test_an_error_says_once_which_command_it_is_of(opt_zoo, backends, arguments, beginning):
+    if "torch" in arguments and "torch" not in [backend.name for backend in backends]:
+        pytest.skip("--backends leaves out torch")
+    assert opt_zoo(*arguments)[2].startswith(beginning)
+
+
 def test_building_the_command_line_imports_no_framework():
     code = (
         "import sys, opt_zoo.main; opt_zoo.main.build_parser();"
