@@ -5,7 +5,7 @@ what the dtype cannot hold, for NaN and infinities.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import IO
 
@@ -77,22 +77,7 @@ class Stream:
         """
         assert not self._left, f"not written: {sorted(self._left)}"
         seen = {name: (dtype, look.result()) for name, (dtype, look) in self._looks.items()}
-        problems = [
-            f"{name}: its largest magnitude {it.overflow:g} overflows {dtype}"
-            for name, (dtype, it) in seen.items()
-            if it.overflow
-        ]
-        problems += [
-            f"{name}: expected finite values, got {it.not_finite} NaN or infinite ones; allow_nonfinite keeps them"
-            for name, (_, it) in seen.items()
-            if it.not_finite and not allow_nonfinite
-        ]
-        raise_if(CheckpointError, "write_checkpoint", problems)
-        shapes = self._shapes()
-        zeros = [name for name, (_, it) in seen.items() if it.is_zero and len(shapes[name]) > 1]
-        if zeros:
-            logger.warning("matrices of zeros alone: %s", ", ".join(zeros))
-        return {name: Record(shapes[name], dtype, it.blake3) for name, (dtype, it) in seen.items()}
+        return records_of(seen, self._shapes(), allow_nonfinite=allow_nonfinite)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {
@@ -100,6 +85,27 @@ class Stream:
             for item in self._planned.values()
             for name, place in zip(item.weights, item.places, strict=True)
         }
+
+
+def records_of(
+    seen: Mapping[str, tuple[str, Seen]], shapes: Mapping[str, tuple[int, ...]], *, allow_nonfinite: bool
+) -> dict[str, Record]:
+    """As `Stream.finish`, of weights whose dtypes and values were `seen`."""
+    problems = [
+        f"{name}: its largest magnitude {it.overflow:g} overflows {dtype}"
+        for name, (dtype, it) in seen.items()
+        if it.overflow
+    ]
+    problems += [
+        f"{name}: expected finite values, got {it.not_finite} NaN or infinite ones; allow_nonfinite keeps them"
+        for name, (_, it) in seen.items()
+        if it.not_finite and not allow_nonfinite
+    ]
+    raise_if(CheckpointError, "write_checkpoint", problems)
+    zeros = [name for name, (_, it) in seen.items() if it.is_zero and len(shapes[name]) > 1]
+    if zeros:
+        logger.warning("matrices of zeros alone: %s", ", ".join(zeros))
+    return {name: Record(shapes[name], dtype, it.blake3) for name, (dtype, it) in seen.items()}
 
 
 def _cut(array: np.ndarray, axis: int | None, part: int, parts: int) -> np.ndarray:

@@ -9,51 +9,65 @@ from pathlib import Path
 import tensorflow as tf
 from tensorflow import Tensor
 
+from conversion.manifest import Manifest, Record, look_at, write_manifest
+from conversion.plan import Source
 from conversion.staging import staging
-from conversion.write import CLASSES
+from conversion.stored import DTYPES
+from conversion.stream import records_of
+from conversion.verification import verify_written
+from conversion.write import CLASSES, is_of_a_checkpoint, refuse_existing
 from opt_core.config import CONFIG_NAME, OPTConfig
 from opt_core.schema import published_name, shapes
 from opt_tf.pretrained import TFOPTPreTrainedModel
 from opt_tf.sharding import check_on_no_mesh
 
 _MODEL_NAME = "saved_model.pb"
-_ENTRIES = {_MODEL_NAME, "fingerprint.pb", "variables", "assets", CONFIG_NAME}  # of a SavedModel that is written here
 
 
-def save_saved_model(model: TFOPTPreTrainedModel, folder, *, overwrite: bool = False) -> list[Path]:
+def save_saved_model(
+    model: TFOPTPreTrainedModel, folder, *, overwrite: bool = False, verify: bool = True, allow_nonfinite: bool = False
+) -> list[Path]:
     """Writes `model` for `tf.saved_model.load(folder).signatures["serving_default"](input_ids=, attention_mask=)`.
 
     Both arguments are int32 [B, T] with any B and T. The outputs are those of the class by name: `logits`,
     `last_hidden_state`, or `start_logits` and `end_logits`. An id out of range, a mask of another shape, or a row with
     more real tokens than the model has positions is an InvalidArgumentError. Variables are attributes with their
-    published names: `model.decoder.layers[0].fc1.weight`. config.json lies beside them.
+    published names: `model.decoder.layers[0].fc1.weight`. config.json and the manifest lie beside them.
+
+    Args:
+        overwrite: replaces an older checkpoint of any format; other files stay.
+        verify: before the files get their names, reads every variable again and compares it with the model's.
+        allow_nonfinite: keeps NaN and infinities, which are refused otherwise.
 
     Returns:
-        The entries of the folder.
+        The entries written.
 
     Raises:
-        FileExistsError: the folder holds a SavedModel and `overwrite` is false, or it holds anything else.
+        CheckpointError: weights are NaN or infinite, or read back as others; all such are listed.
+        FileExistsError: the folder holds a checkpoint and `overwrite` is false.
     """
     check_on_no_mesh(model, "save_saved_model")
     folder = Path(folder)
-    _refuse_existing(folder, overwrite)
-    module = _variables_by_name(model)
+    refuse_existing(folder, overwrite)
+    source = Source({name: model.weight(name).value.numpy for name in shapes(model.config, model.task)})
+    records = _records(source, allow_nonfinite)
     with staging(folder) as staged:
-        tf.saved_model.save(module, str(staged.folder), signatures=_serving_function(model))
+        tf.saved_model.save(_variables_by_name(model), str(staged.folder), signatures=_serving_function(model))
         config = model.config.replace(architectures=[CLASSES[model.task]], torch_dtype=model.dtype)
         config.to_json(staged.folder / CONFIG_NAME)
-        return staged.publish(replaced=_ENTRIES.__contains__, last=_MODEL_NAME)
+        write_manifest(staged.folder, Manifest("saved-model", model.task, records))
+        if verify:
+            verify_written(staged.folder, records, source, {}, lambda nbytes: None)
+        return staged.publish(replaced=is_of_a_checkpoint, last=_MODEL_NAME)
 
 
-def _refuse_existing(folder: Path, overwrite: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder}: expected a folder, got a file")
-    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    others = sorted(found - _ENTRIES) or (sorted(found) if found and _MODEL_NAME not in found else [])
-    if others:
-        raise FileExistsError(f"{folder}: expected nothing but a SavedModel, got {', '.join(others[:5])}")
-    if found and not overwrite:
-        raise FileExistsError(f"{folder}: holds a SavedModel; pass overwrite=True to replace it")
+def _records(source: Source, allow_nonfinite: bool) -> dict[str, Record]:
+    seen, found = {}, {}
+    for name in source.names:
+        array = source.read(name)
+        found[name] = array.shape
+        seen[name] = str(array.dtype), look_at(array, DTYPES[str(array.dtype)], 0)
+    return records_of(seen, found, allow_nonfinite=allow_nonfinite)
 
 
 # -- variables --------------------------------------------------------------------------------------------------------

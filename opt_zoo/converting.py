@@ -107,7 +107,9 @@ def _write_saved_model(
     with open_checkpoint(opened) as checkpoint:
         model_class = getattr(package, f"TF{CLASSES[checkpoint.task]}")
     model = model_class.from_pretrained(opened, dtype=args.dtype or "auto")
-    return exporter.save_saved_model(model, target, overwrite=args.overwrite), []
+    options = {"overwrite": args.overwrite, "verify": args.verify, "allow_nonfinite": args.allow_nonfinite}
+    written, folder = exporter.save_saved_model(model, target, **options), _side_folder(source)
+    return written + (copy_side_files(folder, target, with_tokenizer=True) if folder else []), []
 
 
 def _check_target(opened: Path, target: Path, overwrite: bool) -> None:

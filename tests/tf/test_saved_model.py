@@ -11,7 +11,7 @@ from harness import MASKS, config_of, mask_named, token_ids
 
 from conversion.tf_checkpoint.tensor_bundle import open_file
 from opt_core import OPTConfig
-from opt_core.errors import InputError
+from opt_core.errors import CheckpointError, InputError
 from opt_core.schema import published_name, shapes
 from opt_tf import (
     TFOPTForCausalLM,
@@ -167,13 +167,41 @@ def test_an_older_saved_model_is_replaced_only_on_request(small, tmp_path):
     np.testing.assert_array_equal(loaded.decoder.embed_tokens.weight, other.weight("decoder.embed_tokens.weight").value)
 
 
-@pytest.mark.parametrize("names", [["config.json"], ["model.safetensors", "config.json"], ["saved_model.pb", "notes"]])
-def test_a_folder_that_holds_anything_else_is_never_written_to(small, tmp_path, names):
-    for name in names:
+def test_a_checkpoint_of_another_format_is_replaced_only_on_request_and_other_files_stay(small, tmp_path):
+    for name in ("model.safetensors", "config.json", "notes"):
         (tmp_path / name).write_text("{}")
-    with pytest.raises(FileExistsError, match="expected nothing but a SavedModel"):
-        save_saved_model(small, tmp_path, overwrite=True)
-    assert entries(tmp_path) == {*names}
+    with pytest.raises(FileExistsError, match=r"config.json, model.safetensors; pass overwrite=True"):
+        save_saved_model(small, tmp_path)
+    assert entries(tmp_path) == {"model.safetensors", "config.json", "notes"}
+    written = save_saved_model(small, tmp_path, overwrite=True)
+    assert entries(tmp_path) == {"notes", *(path.name for path in written)}
+
+
+def test_nan_is_refused_unless_allowed(small, tmp_path):
+    bias = small.weight("decoder.final_layer_norm.bias")
+    bias.assign(np.full(bias.shape, np.nan))
+    with pytest.raises(CheckpointError, match=r"decoder.final_layer_norm.bias: expected finite values"):
+        save_saved_model(small, tmp_path / "model")
+    assert entries(tmp_path) == set()
+    save_saved_model(small, tmp_path / "model", allow_nonfinite=True)
+
+
+def test_a_variable_that_does_not_read_back_is_named_and_nothing_is_left(small, tmp_path, monkeypatch):
+    save = tf.saved_model.save
+
+    def damage(module, path, **options):
+        save(module, path, **options)
+        data = Path(path) / "variables" / "variables.data-00000-of-00001"
+        weights = open_file(data.with_name("variables.index")).tensors
+        content = bytearray(data.read_bytes())
+        content[weights["decoder/embed_positions/weight"].offset] ^= 1
+        data.write_bytes(content)
+
+    monkeypatch.setattr(tf.saved_model, "save", damage)
+    with pytest.raises(CheckpointError, match=r"decoder.embed_positions.weight: expected the values that were written"):
+        save_saved_model(small, tmp_path / "model")
+    assert entries(tmp_path) == set()
+    save_saved_model(small, tmp_path / "model", verify=False)
 
 
 def test_a_save_that_fails_leaves_nothing_behind(small, tmp_path, monkeypatch):

@@ -170,6 +170,18 @@ def test_a_saved_model_is_written_and_its_weights_read_back(opt_zoo, tmp_path, b
     assert opt_zoo("convert", source, tmp_path / "target", "--to", "saved-model")[0] == 0
     code, out, err = opt_zoo("diff", source, tmp_path / "target")
     assert (code, err) == (0, ""), out
+    assert opt_zoo("convert", source, tmp_path / "copy")[0] == 0
+    assert opt_zoo("diff", tmp_path / "copy", tmp_path / "target", "--manifest")[0] == 0
+
+
+def test_a_saved_model_gets_the_tokenizer_and_is_written_again(opt_zoo, checkpoint_with_tokenizer, tmp_path, backends):
+    if "tf" not in [backend.name for backend in backends]:
+        pytest.skip("--backends leaves out tf")
+    arguments = ["convert", checkpoint_with_tokenizer, tmp_path / "target", "--to", "saved-model"]
+    assert opt_zoo(*arguments)[0] == 0
+    assert {"vocab.json", "merges.txt"} <= {path.name for path in (tmp_path / "target").iterdir()}
+    assert opt_zoo(*arguments)[0] == 2
+    assert opt_zoo(*arguments, "--overwrite")[0] == 0
 
 
 def test_the_bar_shows_bytes_speed_and_time_left_over_writing_and_reading_again(monkeypatch, checkpoint, tmp_path):
