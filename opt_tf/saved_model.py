@@ -45,6 +45,7 @@ def save_saved_model(
     Raises:
         CheckpointError: weights are NaN or infinite, or read back as others; all such are listed.
         FileExistsError: the folder holds a checkpoint and `overwrite` is false.
+        OSError: TensorFlow could not write.
     """
     check_on_no_mesh(model, "save_saved_model")
     folder = Path(folder)
@@ -52,13 +53,20 @@ def save_saved_model(
     source = Source({name: model.weight(name).value.numpy for name in shapes(model.config, model.task)})
     records = _records(source, allow_nonfinite)
     with staging(folder) as staged:
-        tf.saved_model.save(_variables_by_name(model), str(staged.folder), signatures=_serving_function(model))
+        _save(model, staged.folder)
         config = model.config.replace(architectures=[CLASSES[model.task]], torch_dtype=model.dtype)
         config.to_json(staged.folder / CONFIG_NAME)
         write_manifest(staged.folder, Manifest("saved-model", model.task, records))
         if verify:
             verify_written(staged.folder, records, source, {}, lambda nbytes: None)
         return staged.publish(replaced=is_of_a_checkpoint, last=_MODEL_NAME)
+
+
+def _save(model: TFOPTPreTrainedModel, folder: Path) -> None:
+    try:
+        tf.saved_model.save(_variables_by_name(model), str(folder), signatures=_serving_function(model))
+    except tf.errors.OpError as error:  # of a full disk OutOfRangeError or ResourceExhaustedError
+        raise OSError(f"TensorFlow could not write: {error.message[:500]}") from error
 
 
 def _records(source: Source, allow_nonfinite: bool) -> dict[str, Record]:

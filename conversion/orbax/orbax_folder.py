@@ -175,17 +175,18 @@ def write_folder(
 
     Raises:
         CheckpointError: a name that is also the beginning of another, or has an empty part.
+        OSError: TensorStore could not write; the text is its own.
         MissingFrameworkError: tensorstore is not installed.
     """
     tensors = list(tensors)
     raise_if(CheckpointError, str(folder), name_problems(tensors))
     started = time.time_ns()
-    under_way = _UnderWay()
-    for tensor, array in zip(tensors, _create_arrays(folder, tensors), strict=True):
-        chunks = _Chunks(tensor, array, under_way)
-        write_tensor(cast(IO[bytes], chunks), tensor)
-        assert chunks.written == tensor.nbytes, tensor.name
-    under_way.wait()
+    with _UnderWay() as under_way:
+        for tensor, array in zip(tensors, _create_arrays(folder, tensors), strict=True):
+            chunks = _Chunks(tensor, array, under_way)
+            write_tensor(cast(IO[bytes], chunks), tensor)
+            assert chunks.written == tensor.nbytes, tensor.name
+        under_way.wait()
     write_description(folder, tensors, started)
 
 
@@ -198,7 +199,7 @@ def _create_arrays(folder: Path, tensors: list[PlannedTensor]) -> list[Any]:
         for tensor in tensors
     ]
     arrays = [array.result() for array in opened]
-    transaction.commit_sync()
+    _wait_for([transaction.commit_async()])
     return [array.with_transaction(None) for array in arrays]
 
 
@@ -224,8 +225,17 @@ def _chunk_rows(tensor: PlannedTensor) -> int:
     return -(-rows // min(count, rows))
 
 
+def _wait_for(futures: list[Any]) -> None:
+    """Waits for all, whatever becomes of one: a folder that is still written to cannot be deleted."""
+    if errors := [error for future in futures if (error := future.exception()) is not None]:
+        raise OSError(f"TensorStore could not write: {str(errors[0])[:500]}") from errors[0]
+
+
 class _UnderWay:
-    """Chunks that TensorStore is storing: small ones go together into one file and one commit."""
+    """Chunks that TensorStore is storing: small ones go together into one file and one commit.
+
+    A context manager that leaves none behind, even after an error elsewhere.
+    """
 
     def __init__(self) -> None:
         self._futures: list[Any] = []
@@ -238,9 +248,15 @@ class _UnderWay:
             self.wait()
 
     def wait(self) -> None:
+        futures, self._futures, self._bytes = self._futures, [], 0
+        _wait_for(futures)
+
+    def __enter__(self) -> "_UnderWay":
+        return self
+
+    def __exit__(self, *exception) -> None:
         for future in self._futures:
-            future.result()
-        self._futures, self._bytes = [], 0
+            future.exception()
 
 
 class _Chunks:

@@ -1,5 +1,8 @@
 """From any format to any other and back: the same bits, for every variant and dtype that the formats can hold."""
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -92,3 +95,32 @@ def test_every_variant_is_held_or_refused_with_the_field_that_does_not_fit(tmp_p
         said = said.replace("has_all_heads", "pruned_heads")
         assert any(field in said for field in fields), variant
         assert not (tmp_path / variant).exists()
+
+
+@contextmanager
+def no_file_larger_than(nbytes: int) -> Iterator[None]:
+    """As a disk that is full: a write beyond it is an error of the operating system."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("format", WRITTEN, ids=lambda format: format.name)
+def test_a_disk_that_is_full_is_an_error_of_the_system_and_nothing_is_left(tmp_path, format):
+    config = config_of()
+    tensors = tensors_of(config)
+    with pytest.raises(OSError, match=r"(?i)file too large"), no_file_larger_than(20_000):
+        write_checkpoint(tmp_path / "a", config, tensors, format=format.name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", WRITTEN, ids=lambda format: format.name)
+def test_an_error_amidst_the_weights_is_passed_on_and_nothing_is_left(tmp_path, format):
+    config = config_of(num_hidden_layers=1)
+    tensors = {**tensors_of(config), "decoder.layers.0.fc2.weight": lambda: 1 / 0}
+    with pytest.raises(ZeroDivisionError):
+        write_checkpoint(tmp_path / "a", config, tensors, format=format.name, dtype="float32")
+    assert not list(tmp_path.iterdir())

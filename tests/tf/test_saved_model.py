@@ -204,10 +204,11 @@ def test_a_variable_that_does_not_read_back_is_named_and_nothing_is_left(small, 
     save_saved_model(small, tmp_path / "model", verify=False)
 
 
-def test_a_save_that_fails_leaves_nothing_behind(small, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError("disk full"), tf.errors.ResourceExhaustedError(None, None, "disk full")])
+def test_a_save_that_fails_leaves_nothing_behind(small, tmp_path, monkeypatch, error):
     def fail(module, path, **options):
         (Path(path) / "saved_model.pb").write_text("half")
-        raise OSError("disk full")
+        raise error
 
     monkeypatch.setattr(tf.saved_model, "save", fail)
     with pytest.raises(OSError, match="disk full"):
