@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(checkpoint: Checkpoint, source: str) -> dict[str, Any]:
     """Everything that headers and config say, as JSON data."""
-    shapes, dtypes = checkpoint.shapes, checkpoint.dtypes
+    shapes, dtypes, problems = checkpoint.shapes, checkpoint.dtypes, _problems(checkpoint)
     return {
         "source": source,
         "format": checkpoint.format,
@@ -65,7 +65,8 @@ def describe(checkpoint: Checkpoint, source: str) -> dict[str, Any]:
         "dtypes": dict(Counter(dtypes.values())),
         "config": checkpoint.config.to_dict(),
         "unknown_config_fields": sorted(checkpoint.config.extra),
-        "problems": _problems(checkpoint),
+        "fits_config": not problems,
+        "problems": problems,
         "tensors": [dict(name=name, shape=list(shapes[name]), dtype=dtypes[name]) for name in shapes],
     }
 
@@ -116,5 +117,5 @@ def _lines(description: dict[str, Any]) -> dict[str, str]:
         "layers": f"{config['num_hidden_layers']} of width {width}, {heads} heads{pruning}, {norm}{projections}",
         "vocabulary": f"{config['vocab_size']:,} tokens, {config['max_position_embeddings']:,} positions",
         "unknown config": ", ".join(description["unknown_config_fields"]) or "none",
-        "tensors fit the config": "no" if description["problems"] else "yes",
+        "tensors fit the config": "yes" if description["fits_config"] else "no",
     }

@@ -74,6 +74,9 @@ def test_with_verify_a_weight_that_is_not_as_the_manifest_says_is_named(opt_zoo,
     weights[-1] ^= 1
     (folder / "model.safetensors").write_bytes(weights)
     assert opt_zoo("inspect", folder)[0] == 0  # no weight is read
+    text = opt_zoo("inspect", folder, "--verify")[1]
+    assert "tensors fit the config  yes" in text
+    assert "problem: " in text
     code, out, _ = opt_zoo("inspect", folder, "--verify", "--json")
     (problem,) = json.loads(out)["problems"]
     assert (code, problem.partition(": ")[2]) == (2, "expected what its hash in the manifest says, got other values")
