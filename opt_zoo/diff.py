@@ -51,6 +51,7 @@ def compare_manifests(first: Path, second: Path) -> dict[str, Any]:
     return {
         "formats": [a.format, b.format],
         "compared": len(a.weights),
+        "weights_read": False,
         "config": {},
         **table._asdict(),
         "differing": hashes,
@@ -65,6 +66,7 @@ def compare_checkpoints(first: Path, second: Path) -> dict[str, Any]:
         return {
             "formats": [a.format, b.format],
             "compared": len(weights),
+            "weights_read": True,
             "config": differing_fields(a.config, b.config),
             **table._asdict(),
             "differing": [
@@ -106,5 +108,6 @@ def _weight_line(name: str, values: int = 0, differing_values: int = 0, largest_
 def _summary(report: dict[str, Any]) -> str:
     formats = " and ".join(report["formats"])
     if report["equal"]:
-        return f"equal: {report['compared']} weights, bit for bit ({formats})"
+        by = "bit for bit" if report["weights_read"] else "by what their manifests say, no weight was read"
+        return f"equal: {report['compared']} weights, {by} ({formats})"
     return f"different: values of {len(report['differing'])} of {report['compared']} weights compared ({formats})"
