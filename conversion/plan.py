@@ -3,7 +3,7 @@
 Also where the values come from: arrays, functions, or another checkpoint. Files are the business of `conversion.write`.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -91,9 +91,10 @@ def _planned(stored: str, weights: list[tuple[str, Place]], dtypes: Mapping[str,
 
 
 def _dtype_problems(format: Format, dtypes: Mapping[str, str]) -> Iterator[str]:
-    for name, got in dtypes.items():
+    for got, count in Counter(dtypes.values()).items():
         if got not in format.dtypes:
-            yield f"{name}: expected a dtype of {', '.join(format.dtypes)} for {format.name}, got {got}"
+            of = f"{count} of {len(dtypes)} weights; `dtype` rounds them to another"
+            yield f"expected a dtype of {', '.join(format.dtypes)} for {format.name}, got {got} in {of}"
 
 
 def _joint_problems(planned: list[Planned], dtypes: Mapping[str, str]) -> Iterator[str]:
