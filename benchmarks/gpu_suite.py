@@ -2,21 +2,24 @@
 
     python benchmarks/gpu_suite.py --minutes 10 --python PYTHON --output benchmarks/results/gpu-DATE
 
-Tests first, each backend in a process of its own, TF32 off; then the benchmarks, each with its share of the time that
-is left. Nothing is installed or downloaded. A backend that is not installed is not run, which is not passed. At the end
-of the minutes what is running is stopped, and says so. The folder gets results.json, results.md, and what each part
-wrote. Exit code 1 where a part failed, 2 where there is no GPU (`--device cpu --quick` tries the path without one).
+Tests first, each file in a process of its own, TF32 off; then the benchmarks, each with its share of the time that is
+left. Nothing is installed or downloaded. What is not installed is said at once, and what needs it is not run, which is
+not passed. A test has a minute; a part that outlives its share is stopped, says in which test, and keeps what it had.
+The folder gets results.json, results.md, and what each part wrote. Exit code 1 where a part failed, 2 where there is no
+GPU (`--device cpu --quick` tries the path without one).
 """
 
 import argparse
 import datetime
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,11 +32,21 @@ from opt_zoo.environment import commit, gpu_model, has_gpu, processor_model  # n
 SCHEMA = "opt-zoo/gpu-suite/1"
 FRAMEWORKS = {"torch": ("torch",), "tf": ("tensorflow", "keras"), "flax": ("jax", "flax")}
 PACKAGES = ("torch", "tensorflow", "keras", "jax", "jaxlib", "flax", "transformers", "triton", "numpy")
+NEEDED = ("h5py", "ml-dtypes", "msgpack", "numpy", "rich", "tokenizers")  # by every part
+NEEDED_BY_TESTS = (*NEEDED, "pytest", "pytest-timeout")
+# Few machines have it beside a GPU, and only the hashes of checkpoints that a part writes for itself are made with it.
+STAND_IN = """import hashlib
+
+def blake3(data=b"", **options):
+    return hashlib.blake2b(data, digest_size=32)
+"""
 ON_GPU = {"JAX_PLATFORMS": "cuda,cpu", "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_FORCE_GPU_ALLOW_GROWTH": "true"}
 ON_CPU = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "-1"}
 WITHOUT_TF32 = {"NVIDIA_TF32_OVERRIDE": "0", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
 MARGIN_SECONDS = 8  # between the end of a benchmark's budget and that of its process
 LEAST_SECONDS = 5  # below it a part is not begun
+TEST_SECONDS = 60  # for one test, compilation with it
+OUTCOME = re.compile(r"^(?P<test>\S+::.*?)(?: (?P<outcome>PASSED|FAILED|ERROR|SKIPPED)\b.*)?$")
 
 
 class Part(NamedTuple):
@@ -56,7 +69,9 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * options.minutes
     versions = versions_of(options.python)
-    document: dict[str, Any] = {"schema": SCHEMA, **conditions(options, versions), "parts": []}
+    notes = notes_on(versions)
+    print("\n".join(notes), file=sys.stderr, flush=True)
+    document: dict[str, Any] = {"schema": SCHEMA, **conditions(options, versions), "notes": notes, "parts": []}
     for part in make_parts(options, versions, folder):
         result = run_part(part, folder, deadline)
         document["parts"].append(result)
@@ -85,45 +100,69 @@ def conditions(options: argparse.Namespace, versions: dict[str, str]) -> dict[st
         "device": options.device,
         "gpu": gpu_model() if options.device == "cuda" else None,
         "processor": processor_model(),
-        "versions": versions,
+        "versions": {name: versions[name] for name in ("python", *PACKAGES) if name in versions},
         "minutes": options.minutes,
         "quick": options.quick,
     }
 
 
 def versions_of(python: str) -> dict[str, str]:
-    """Of the packages that a Python has; imports none of them."""
+    """Of all packages that a Python has, and its own; imports none of them."""
     code = (
         "import json, platform, importlib.metadata as m\n"
-        f"found = {{d.metadata['Name'].lower(): d.version for d in m.distributions() if d.metadata['Name']}}\n"
-        f"print(json.dumps({{'python': platform.python_version(), "
-        f"**{{n: found[n] for n in {PACKAGES!r} if n in found}}}}))"
+        "names = {d.metadata['Name']: d.version for d in m.distributions() if d.metadata['Name']}\n"
+        "found = {name.lower().replace('_', '-'): version for name, version in names.items()}\n"
+        "print(json.dumps({**found, 'python': platform.python_version()}))"
     )
     return json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def missing(names: Iterable[str], versions: dict[str, str]) -> str:
+    """Which packages are not installed, as a reason; "" where all are."""
+    absent = [name for name in names if name not in versions]
+    return f"{' and '.join(absent)} not installed" if absent else ""
+
+
+def notes_on(versions: dict[str, str]) -> list[str]:
+    """What is not installed, and what that means."""
+    groups = {"everything": NEEDED, "tests": ("pytest", "pytest-timeout"), **FRAMEWORKS}
+    notes = [f"{what}: not run, {lack}" for what, names in groups.items() if (lack := missing(names, versions))]
+    if "blake3" not in versions:
+        notes.append("blake3 not installed: a stand-in hashes the checkpoints that the parts write for themselves")
+    return notes
 
 
 # -- what there is to run ---------------------------------------------------------------------------------------------
 
 
 def make_parts(options: argparse.Namespace, versions: dict[str, str], folder: Path) -> Iterable[Part]:
-    lacks = {
-        backend: " and ".join(name for name in names if name not in versions) for backend, names in FRAMEWORKS.items()
-    }
-    lacks = {backend: f"{missing} not installed" if missing else "" for backend, missing in lacks.items()}
-    where = ON_GPU if options.device == "cuda" else ON_CPU
-    yield from parts_of_tests(options, lacks, where, folder)
-    yield from benchmark_parts(options, where, folder)
+    where = dict(ON_GPU if options.device == "cuda" else ON_CPU)
+    if "blake3" not in versions:
+        where["PYTHONPATH"] = str(write_stand_in(folder))
+    yield from parts_of_tests(options, versions, where, folder)
+    yield from benchmark_parts(options, versions, where, folder)
 
 
-def parts_of_tests(options, lacks: dict[str, str], where: dict[str, str], folder: Path) -> Iterable[Part]:
-    """A part for each backend, with those of its tests that have the marker, and one for tests of no backend."""
+def write_stand_in(folder: Path) -> Path:
+    """The folder of a module `blake3` with another hash of the same length."""
+    place = folder.absolute() / "stand-ins"
+    place.mkdir(exist_ok=True)
+    (place / "blake3.py").write_text(STAND_IN)
+    return place
+
+
+def parts_of_tests(options, versions: dict[str, str], where: dict[str, str], folder: Path) -> Iterable[Part]:
+    """A part for each file that has tests with the marker."""
     files = gpu_test_files() if not options.quick else {backend: [quick_test(backend)] for backend in FRAMEWORKS}
     for group, paths in files.items():
-        command = [options.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths]
-        command += ["--backends", group] if group in FRAMEWORKS else []
-        command += ["-m", "gpu" if options.device == "cuda" else "not gpu and not slow and not hub"]
-        command += [f"--junitxml={folder / f'tests-{group}.xml'}"]
-        yield Part(f"tests {group}", command, 0.5, {**where, **WITHOUT_TF32}, "tests", lacks.get(group, ""))
+        lacks = missing((*NEEDED_BY_TESTS, *FRAMEWORKS.get(group, ())), versions)
+        for path in paths:
+            name = f"tests {Path(path).stem.removeprefix('test_')}"
+            command = [options.python, "-m", "pytest", "-v", "-p", "no:cacheprovider", path]
+            command += [f"--timeout={TEST_SECONDS}", "--backends", group if group in FRAMEWORKS else "torch"]
+            command += ["-m", "gpu" if options.device == "cuda" else "not gpu and not slow and not hub"]
+            command += [f"--junitxml={folder / name.replace(' ', '-')}.xml"]
+            yield Part(name, command, 0.3, {**where, **WITHOUT_TF32}, "tests", lacks)
 
 
 def gpu_test_files() -> dict[str, list[str]]:
@@ -140,11 +179,11 @@ def quick_test(backend: str) -> str:
     return str(ROOT / "tests" / backend / f"test_{backend}_attention.py")
 
 
-def benchmark_parts(options, where: dict[str, str], folder: Path) -> Iterable[Part]:
+def benchmark_parts(options, versions: dict[str, str], where: dict[str, str], folder: Path) -> Iterable[Part]:
     for name, share, arguments in quick_benchmarks() if options.quick else gpu_benchmarks():
         command = [options.python, str(ROOT / "benchmarks/attention.py"), "--device", options.device, *arguments]
         command += [f"--{what}={folder / f'{name}.{end}'}" for what, end in OUTPUTS]
-        yield Part(name, command, share, where, "benchmark")
+        yield Part(name, command, share, where, "benchmark", missing(NEEDED, versions))
 
 
 OUTPUTS = (("output", "json"), ("markdown", "md"), ("plot", "png"))
@@ -188,8 +227,9 @@ def run_part(part: Part, folder: Path, deadline: float) -> dict[str, Any]:
 
 def run_process(command: list[str], environment: dict[str, str], log: Path, limit: float) -> int | None:
     """The exit code; None where it was stopped, with all that it had started, at the end of its time."""
-    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, **environment, "PYTHONPATH": paths, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"), environment.get("PYTHONPATH"))))
+    always = {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    environment = {**os.environ, **environment, **always}
     with open(log, "w") as file:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
@@ -209,7 +249,7 @@ def row(part: Part, status: str, reason: str = "", **more: Any) -> dict[str, Any
 def judge_tests(part: Part, folder: Path, code: int | None) -> dict[str, Any]:
     """By pytest's exit code and its counts; where every test was skipped, none has passed."""
     if code is None:
-        return row(part, "failed", "stopped at the end of its time, before its counts were written")
+        return judge_stopped_tests(part, folder)
     file = folder / f"{part.name.replace(' ', '-')}.xml"
     if not file.exists():
         return row(part, "failed", f"pytest ended with {code}: {last_line(folder, part)}")
@@ -225,6 +265,19 @@ def judge_tests(part: Part, folder: Path, code: int | None) -> dict[str, Any]:
         return row(part, "passed", counts=counts, failed=names)
     reason = f"pytest ended with {code}" if code else "every test was skipped"
     return row(part, "failed" if code else "not run", reason, counts=counts, failed=names)
+
+
+def judge_stopped_tests(part: Part, folder: Path) -> dict[str, Any]:
+    """By what pytest had printed: of the tests that ended the outcome, and the one that did not."""
+    lines = (folder / f"{part.name.replace(' ', '-')}.log").read_text(errors="replace").splitlines()
+    found = [match for line in lines if (match := OUTCOME.match(line.rstrip()))]
+    outcomes = Counter(match["outcome"] for match in found)
+    unfinished = [match["test"] for match in found if match["outcome"] is None][-1:]
+    counts = {"tests": len(found), "failures": outcomes["FAILED"], "errors": outcomes["ERROR"]}
+    counts |= {"skipped": outcomes["SKIPPED"], "passed": outcomes["PASSED"]}
+    reason = "stopped at the end of its time" + "".join(f", in {test}" for test in unfinished)
+    failed = [match["test"] for match in found if match["outcome"] in ("FAILED", "ERROR")]
+    return row(part, "failed", reason, counts=counts, failed=failed)
 
 
 def judge_benchmark(part: Part, folder: Path, code: int | None) -> dict[str, Any]:
@@ -255,6 +308,7 @@ def to_markdown(document: dict[str, Any], folder: Path) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
     where = document["gpu"] or f"no GPU: {document['processor']}"
     lines = [f"{where}; {versions}; commit {document['commit']}, {document['date']}", ""]
+    lines += [f"- {note}" for note in document.get("notes", ())] + [""]
     lines += ["| part | status | passed | failed | skipped | seconds | |", "|---|---|---|---|---|---|---|"]
     for part in document["parts"]:
         counts = part.get("counts", {})

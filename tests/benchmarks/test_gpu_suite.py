@@ -20,6 +20,7 @@ from benchmarks.gpu_suite import (
     to_markdown,
 )
 
+INSTALLED = dict.fromkeys((*gpu_suite.NEEDED_BY_TESTS, "blake3", "torch", "keras", "jax", "flax"), "1")
 OPTIONS = argparse.Namespace(quick=False, device="cuda", python=sys.executable)
 XML = '<a><testsuite tests="7" failures="{failures}" errors="0" skipped="{skipped}">{cases}</testsuite></a>'
 CASE = '<testcase classname="tests.x" name="test_y"><failure message="no"/></testcase>'
@@ -47,14 +48,34 @@ def test_every_file_with_the_marker_is_run():
 
 
 def test_a_backend_that_is_not_installed_is_not_run(tmp_path):
-    parts = {p.name: p for p in parts_of_tests(OPTIONS, {"tf": "tensorflow not installed"}, {}, tmp_path)}
-    result = run_part(parts["tests tf"], tmp_path, time.monotonic() + 100)
+    parts = {p.name: p for p in parts_of_tests(OPTIONS, INSTALLED, {}, tmp_path)}
+    result = run_part(parts["tests tf_attention"], tmp_path, time.monotonic() + 100)
     assert (result["status"], result["reason"]) == ("not run", "tensorflow not installed")
-    assert parts["tests torch"].lacks == ""
+    assert parts["tests torch_attention"].lacks == ""
+    assert "tf: not run, tensorflow not installed" in gpu_suite.notes_on(INSTALLED)
+
+
+def test_without_pytest_benchmarks_still_run(tmp_path):
+    installed = {name: version for name, version in INSTALLED.items() if name != "pytest"}
+    parts = list(gpu_suite.make_parts(OPTIONS, installed, tmp_path))
+    assert {part.lacks for part in parts if part.kind == "benchmark"} == {""}
+    assert all("pytest not installed" in p.lacks or "pytest and" in p.lacks for p in parts if p.kind == "tests")
+
+
+def test_without_blake3_a_stand_in_hashes(tmp_path):
+    """As many digits; and where it is installed, it is what is imported."""
+    installed = {name: version for name, version in INSTALLED.items() if name != "blake3"}
+    (environment,) = {p.environment["PYTHONPATH"] for p in gpu_suite.make_parts(OPTIONS, installed, tmp_path)}
+    code = "import blake3; b = blake3.blake3(); b.update(b'x'); print(len(b.hexdigest()), blake3.__file__)"
+    part = Part("tests x", [sys.executable, "-S", "-c", code], 1.0, {"PYTHONPATH": environment}, "tests")
+    run_part(part, tmp_path, time.monotonic() + 60)
+    assert (tmp_path / "tests-x.log").read_text().strip() == f"64 {tmp_path / 'stand-ins' / 'blake3.py'}"
+    assert any("blake3" in note for note in gpu_suite.notes_on(installed))
+    assert all("PYTHONPATH" not in p.environment for p in gpu_suite.make_parts(OPTIONS, INSTALLED, tmp_path))
 
 
 def test_tests_run_on_the_gpu_without_tf32(tmp_path):
-    parts = list(parts_of_tests(OPTIONS, {}, gpu_suite.ON_GPU, tmp_path))
+    parts = list(parts_of_tests(OPTIONS, INSTALLED, gpu_suite.ON_GPU, tmp_path))
     assert all(p.environment["JAX_PLATFORMS"].startswith("cuda") for p in parts)
     assert all(p.environment["NVIDIA_TF32_OVERRIDE"] == "0" for p in parts)
 
@@ -85,6 +106,22 @@ def test_the_deadline_stops_a_part_and_all_that_it_started(tmp_path, monkeypatch
     assert run_part(part("-c", code), tmp_path, start)["reason"] == "no time was left"
 
 
+def test_tests_that_were_stopped_keep_their_outcomes_and_name_the_one_that_hung(tmp_path):
+    file = tmp_path / "test_hanging.py"
+    file.write_text(
+        "import pytest, time\n"
+        "@pytest.mark.parametrize('x', [1, 2, 3], ids='one document,2,3'.split(','))\n"
+        "def test_it(x):\n    assert x != 2\n    time.sleep(0 if x < 3 else 60)\n"
+    )
+    part = Part(
+        "tests torch", [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", str(file)], 1, {}, "tests"
+    )
+    result = run_part(part, tmp_path, time.monotonic() + 8)
+    assert (result["counts"]["passed"], result["counts"]["failures"]) == (1, 1)
+    assert result["reason"].endswith("test_hanging.py::test_it[3]")
+    assert [name.rpartition("::")[2] for name in result["failed"]] == ["test_it[2]"]
+
+
 def test_a_benchmark_that_was_stopped_keeps_its_cells(tmp_path):
     (tmp_path / "attention.json").write_text(json.dumps({"results": [1]}))
     result = judge_benchmark(part(kind="benchmark"), tmp_path, None)
@@ -105,6 +142,6 @@ def test_the_whole_path_on_a_cpu(tmp_path):
     done = subprocess.run([*command, "--output", str(tmp_path)], capture_output=True, text=True)
     document = json.loads((tmp_path / "results.json").read_text())
     names = [part["name"] for part in document["parts"]]
-    assert names == ["tests torch", "tests tf", "tests flax", "attention", "training"]
+    assert names == ["tests torch_attention", "tests tf_attention", "tests flax_attention", "attention", "training"]
     assert done.returncode == (1 if any(part["status"] == "failed" for part in document["parts"]) else 0)
     assert document["parts"][3]["document"]["results"]
