@@ -146,7 +146,9 @@ def is_of_a_checkpoint(name: str) -> bool:
 
 
 def _config_to_write(config: OPTConfig, task: str, planned: list[Planned]) -> OPTConfig:
-    dtype = planned[0].tensor.dtype  # that of the token embedding
+    """`torch_dtype` is what other programs load: of mixed dtypes float32, which rounds none of the others."""
+    dtypes = {item.tensor.dtype for item in planned}
+    dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
     return config.replace(architectures=[CLASSES[task]], torch_dtype=dtype if dtype in CONFIG_DTYPES else None)
 
 

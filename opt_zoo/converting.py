@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import shutil
+from collections import Counter
 from pathlib import Path
 
 from conversion import open_checkpoint, resolve, write_checkpoint
@@ -105,11 +106,13 @@ def _write_saved_model(
     package = importlib.import_module(load_backend("tf").package)
     exporter = importlib.import_module(f"{package.__name__}.saved_model")
     with open_checkpoint(opened) as checkpoint:
-        model_class = getattr(package, f"TF{CLASSES[checkpoint.task]}")
+        model_class, stored = getattr(package, f"TF{CLASSES[checkpoint.task]}"), Counter(checkpoint.dtypes.values())
     model = model_class.from_pretrained(opened, dtype=args.dtype or "auto")
     options = {"overwrite": args.overwrite, "verify": args.verify, "allow_nonfinite": args.allow_nonfinite}
     written, folder = exporter.save_saved_model(model, target, **options), _side_folder(source)
-    return written + (copy_side_files(folder, target, with_tokenizer=True) if folder else []), []
+    written += copy_side_files(folder, target, with_tokenizer=True) if folder else []
+    rounded = stored.items() if args.dtype is None else ()
+    return written, [f"{count} weights: {was} becomes {model.dtype}" for was, count in rounded if was != model.dtype]
 
 
 def _check_target(opened: Path, target: Path, overwrite: bool) -> None:

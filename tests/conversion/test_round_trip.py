@@ -78,6 +78,17 @@ def test_tensors_of_mixed_dtypes_keep_them(tmp_path):
             assert not any(checkpoint.read(name).flags.owndata for name in tensors)  # aligned, hence views
 
 
+@pytest.mark.parametrize("format", ["safetensors", "flax-msgpack", "keras-hub"])
+def test_what_other_programs_load_is_a_dtype_that_rounds_none_of_the_weights(tmp_path, format):
+    config = config_of()
+    tensors = tensors_of(config)
+    tensors["decoder.embed_tokens.weight"] = tensors["decoder.embed_tokens.weight"].astype(np.float16)
+    write_checkpoint(tmp_path, config, tensors, format=format)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    policy = fields["config"]["dtype"]["config"]["name"] if format == "keras-hub" else fields["torch_dtype"]
+    assert policy == "float32"
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_dtype_change_rounds_to_nearest_and_says_so_in_the_config(tmp_path, dtype):
     config = config_of(torch_dtype="float32")

@@ -174,6 +174,16 @@ def test_a_saved_model_is_written_and_its_weights_read_back(opt_zoo, tmp_path, b
     assert opt_zoo("diff", tmp_path / "copy", tmp_path / "target", "--manifest")[0] == 0
 
 
+def test_a_saved_model_of_float64_says_that_it_holds_float32(opt_zoo, checkpoint, tmp_path, backends):
+    if "tf" not in [backend.name for backend in backends]:
+        pytest.skip("--backends leaves out tf")
+    wide = {name: tensor.astype(np.float64) for name, tensor in tensors_of(checkpoint).items()}
+    with open_checkpoint(checkpoint) as opened:
+        write_checkpoint(tmp_path / "wide", opened.config, wide)
+    out = opt_zoo("convert", tmp_path / "wide", tmp_path / "target", "--to", "saved-model")[1]
+    assert f"what changes: {len(wide)} weights: float64 becomes float32" in out
+
+
 def test_a_saved_model_gets_the_tokenizer_and_is_written_again(opt_zoo, checkpoint_with_tokenizer, tmp_path, backends):
     if "tf" not in [backend.name for backend in backends]:
         pytest.skip("--backends leaves out tf")
