@@ -4,6 +4,7 @@ Any floating dtype, and documents without a kernel of variable length. The first
 (on a CPU about 20). On a CPU it has no gradient, and dropout it has nowhere (PyTorch 2.13).
 """
 
+import contextlib
 import functools
 
 import torch
@@ -12,6 +13,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from opt_core.errors import InputError, raise_if
 from opt_torch.sdpa import needs_gradient
+
+SHAPES = 4096  # that are compiled in one process; the next one is an error of PyTorch's
 
 
 def flexible_attention(
@@ -22,7 +25,12 @@ def flexible_attention(
     B, _, T, _ = q_BNTH.shape
     rows = None if first_BT is None else B
     mask = create_block_mask(_visible(first_BT), rows, None, T, T, device=q_BNTH.device)
-    return _compiled()(q_BNTH, k_BNTH, v_BNTH, block_mask=mask, scale=1.0)
+    # Beyond 8 shapes, its limit, PyTorch would stop compiling, and compute all T x T scores without a word.
+    more = contextlib.nullcontext()
+    if not torch.compiler.is_compiling():
+        more = torch._dynamo.config.patch(recompile_limit=SHAPES, accumulated_recompile_limit=SHAPES)
+    with more:
+        return _compiled()(q_BNTH, k_BNTH, v_BNTH, block_mask=mask, scale=1.0)
 
 
 def _visible(first_BT: Tensor | None):
@@ -47,4 +55,4 @@ def _check_call(q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor, dropout: float) 
 @functools.cache
 def _compiled():
     # Each shape by itself: with dynamic shapes masks that depend on the row gave NaN (pytorch issue 186775).
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)

@@ -9,6 +9,7 @@ import torch
 from attention_truth import Attended, attention_inputs, attention_truth, error_bound, worst_share
 from harness import ROUNDOFF, config_of, load_backend, mask_named, token_ids, worst_row
 from test_torch_attention import attended, documents, tensors
+from torch._dynamo.testing import CompileCounter
 
 from opt_core.errors import InputError
 from opt_torch import flash, flex
@@ -17,6 +18,7 @@ from opt_torch.cache import slots_behind
 from opt_torch.segments import make_segments, one_by_one
 
 B, N, T, H = 2, 3, 13, 16
+FLEX = "flex_attention"
 LENGTHS_B = torch.tensor([13, 5])
 PACKAGES = [
     ("flash_attention_2", "flash_attn"),
@@ -270,6 +272,17 @@ def test_flex_attention_is_within_the_bound(monkeypatch, packed, dtype):
     out = causal_attention(*tensors("cpu", dtype, *inputs[:3]), 0.0, first, "flex_attention")
     truth, bound = attention_truth(*inputs[:3], first_BT), error_bound(*inputs[:3], dtype, first_BT)
     assert worst_share(Attended(out.double().numpy()), truth, bound)["out"] <= 1
+
+
+def test_flex_attention_stays_compiled_beyond_the_limit_of_pytorch(monkeypatch):
+    """Of 8 shapes; then PyTorch ran the function as it is written, with all T x T scores."""
+    counter = CompileCounter()
+    compiled = torch.compile(flex.flex_attention, backend=counter, dynamic=False, fullgraph=True)
+    monkeypatch.setattr(flex, "_compiled", lambda: compiled)
+    lengths = range(3, 14)
+    for length in lengths:
+        causal_attention(*tensors("cpu", "float32", *attention_inputs("float32", 1, 1, length, H)[:3]), 0.0, None, FLEX)
+    assert counter.frame_count == len(lengths)
 
 
 @pytest.mark.slow
