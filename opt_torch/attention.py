@@ -153,7 +153,8 @@ def cached_attention(
     if plain and T <= FEW_TOKENS and q_BNTH.is_cuda and q_BNTH.dtype != torch.float64 and _has_triton():
         from opt_torch.triton_decode import decode_attention
 
-        return decode_attention(q_BNTH, k_BNSH, v_BNSH, slots.lengths_B)
+        with torch.cuda.device(q_BNTH.device):  # Triton launches on the current one
+            return decode_attention(q_BNTH, k_BNSH, v_BNSH, slots.lengths_B)
     k_BNSH, v_BNSH = k_BNSH[:, :, : slots.seen], v_BNSH[:, :, : slots.seen]
     if slots.sees_all:
         return fused_attention(q_BNTH, k_BNSH, v_BNSH, dropout=dropout, causal=False)

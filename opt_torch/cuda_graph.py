@@ -1,14 +1,15 @@
 """A decode step recorded as a CUDA graph: one launch for its hundreds of kernels. Not for CPUs, which launch nothing.
 
 A graph reads and writes the addresses that it was recorded with. So a recorded step has a cache and tokens of its own,
-into which a prompt is copied, and it is recorded anew when weights have moved or another shape is asked for.
+into which a prompt is copied, and it is recorded anew when weights have moved or another shape is asked for. A model
+that does more than kernels of these weights is run step by step instead: see `can_be_recorded`.
 """
 
 import weakref
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from opt_torch.cache import Cache, init_cache
 
@@ -36,17 +37,22 @@ class RecordedStep:
         """The logits [B, V] after one token a row, and the cache with it; `cache` is the one of this step."""
         self.token_B.copy_(token_B)
         if self.replay is None:
-            self.replay = record_graph(lambda: self.model.decode_step(self.token_B, self.cache)[0])
+            self.replay = self.step
+            if can_be_recorded(self.model):
+                self.replay = record_graph(self.step, self.token_B.device)
         logits_BV = self.replay()
         self.cache.lengths.add_(1)
         return logits_BV, self.cache
+
+    def step(self) -> Tensor:
+        return self.model.decode_step(self.token_B, self.cache)[0]
 
 
 def recorded_step(model, cache: Cache) -> RecordedStep:
     """The step of a model, with a copy of `cache`; the last one made serves as long as shapes and weights stay."""
     weights = tuple(parameter.data_ptr() for parameter in model.parameters())
     names = tuple(layer.self_attn.attn_implementation for layer in model.base_model.decoder.layers)
-    made_for = (cache.batch_size, cache.capacity, weights, names)
+    made_for = (cache.batch_size, cache.capacity, weights, names, can_be_recorded(model))
     if model not in _steps or _steps[model][0] != made_for:
         _steps[model] = made_for, RecordedStep(model, cache)
     step = _steps[model][1]
@@ -54,20 +60,35 @@ def recorded_step(model, cache: Cache) -> RecordedStep:
     return step
 
 
-def record_graph(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def can_be_recorded(model) -> bool:
+    """Whether steps differ by the numbers that they read alone.
+
+    A replay runs no hooks, does not see that an adapter of PEFT was switched off, and would read weights that autocast
+    has cast and keeps until its context ends.
+    """
+
+    def is_plain(module: nn.Module) -> bool:
+        hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+        return not hooks and (module is model or type(module).__module__.startswith(("opt_torch.", "torch.nn.")))
+
+    return not torch.is_autocast_enabled(model.device.type) and all(map(is_plain, model.modules()))
+
+
+def record_graph(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
     """Records what `step` does on a GPU. The result does it again, and returns the same tensor with new values.
 
     `step` must be repeatable: it runs a few times before, and recording runs nothing.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP_RUNS):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = step()
+    with torch.cuda.device(device):  # streams belong to the current one, and a graph records one stream
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_RUNS):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = step()
 
     def replay() -> Tensor:
         graph.replay()

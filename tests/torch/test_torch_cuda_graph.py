@@ -1,5 +1,6 @@
 """Greedy search by a recorded step. On a CPU the recording is a double, which runs the step again."""
 
+import contextlib
 import gc
 import weakref
 
@@ -19,10 +20,10 @@ def recordings(monkeypatch) -> list:
     """One entry for each recording."""
     made, real = [], cuda_graph.record_graph
 
-    def record(step):
+    def record(step, device):
         made.append(step)
         if torch.cuda.is_available():
-            return real(step)
+            return real(step, device)
         for _ in range(cuda_graph.WARM_UP_RUNS):
             step()
         out = step()  # the tensor that every run renews
@@ -98,6 +99,64 @@ def test_a_recorded_step_does_not_keep_its_model(recordings, monkeypatch):
     del model
     gc.collect()
     assert gone() is None
+
+
+class Wrapped(torch.nn.Module):
+    """As PEFT does it: a switch in Python."""
+
+    def __init__(self, inside):
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x):
+        return self.inside(x)
+
+
+def with_a_hook(layer):
+    layer.fc1.register_forward_hook(lambda module, args, out: None)
+
+
+def with_a_wrapper(layer):
+    layer.fc1 = Wrapped(layer.fc1)
+
+
+@pytest.mark.parametrize("change", [with_a_hook, with_a_wrapper, "autocast"])
+def test_what_a_replay_would_leave_out_is_not_recorded(recordings, monkeypatch, change):
+    model, ids_BT = model_on("cpu"), token_ids(config_of(max_position_embeddings=211))
+    if change != "autocast":
+        change(model.model.decoder.layers[1])
+    with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
+        recorded, stepped = both_ways(model, monkeypatch, ids_BT, None, 7, eos_token_id=())
+    assert (recorded == stepped).all()
+    assert recordings == []
+
+
+def test_a_step_is_recorded_on_the_device_of_its_model(monkeypatch):
+    """Not on the current one: its graph would be empty."""
+    current, seen = ["cuda:0"], []
+
+    @contextlib.contextmanager
+    def device(name):
+        current.append(str(name))
+        yield
+        current.pop()
+
+    class Made:
+        def __init__(self, *args):
+            seen.append(current[-1])
+
+        def wait_stream(self, stream): ...
+
+        def replay(self): ...
+
+    fakes = dict(device=device, Stream=Made, CUDAGraph=Made, current_stream=Made)
+    fakes |= dict.fromkeys(("stream", "graph"), contextlib.nullcontext)
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    replay = cuda_graph.record_graph(lambda: seen.append(current[-1]), torch.device("cuda:1"))
+    replay()
+    assert set(seen) == {"cuda:1"}
+    assert len(seen) == 4 + cuda_graph.WARM_UP_RUNS + 1  # two current streams, one stream, one graph
 
 
 def test_nothing_is_recorded_on_a_cpu(recordings):
