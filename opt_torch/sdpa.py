@@ -7,6 +7,8 @@ On a CPU it has one fused kernel, which takes the causal flag. On CUDA it has fo
 - efficient: the memory-efficient kernel, the only fused one for float32.
 - math: the plain formula.
 
+cuDNN plans anew for each length that it meets, for half a second; without a gradient it gets whole multiples of 128.
+
 The environment variable OPT_TORCH_SDPA_ORDER names those that may run, in their order: "cudnn,flash,efficient,math".
 """
 
@@ -30,6 +32,7 @@ ORDER_VARIABLE = "OPT_TORCH_SDPA_ORDER"
 WITH_MASK = ("efficient", "math")  # cuDNN with masks is wrong in some releases: pytorch issues 196678, 191612
 WITHOUT_CUDNN = ("flash", "efficient", "math")
 HALF = (torch.float16, torch.bfloat16)
+PLAN_TOKENS = 128
 
 _order_asked_for = os.environ.get(ORDER_VARIABLE, "")
 _cudnn_trials: dict[int | None, bool] = {}  # by the index of the device
@@ -39,10 +42,13 @@ def fused_attention(
     q_BNTH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor, *, mask=None, causal: bool = True, dropout: float = 0.0
 ) -> Tensor:
     """Causal where no `mask` is given, unless told otherwise; the query is scaled already."""
-    with kernels(q_BNTH, k_BNSH, v_BNSH, masked=mask is not None):
-        return F.scaled_dot_product_attention(
-            q_BNTH, k_BNSH, v_BNSH, attn_mask=mask, is_causal=causal and mask is None, scale=1.0, dropout_p=dropout
-        )
+    qkv, causal, T = (q_BNTH, k_BNSH, v_BNSH), causal and mask is None, q_BNTH.shape[2]
+    with kernels(*qkv, masked=mask is not None):
+        fill = -T % PLAN_TOKENS if causal and _plans_each_length(*qkv, dropout) else 0
+        if fill:  # behind all tokens, where none of them looks
+            qkv = tuple(F.pad(x_BNTH, (0, 0, 0, fill)) for x_BNTH in qkv)
+        out_BNTH = F.scaled_dot_product_attention(*qkv, mask, dropout, causal, scale=1.0)
+    return out_BNTH[:, :, :T] if fill else out_BNTH
 
 
 def kernels(*qkv: Tensor, masked: bool = False) -> contextlib.AbstractContextManager:
@@ -56,6 +62,19 @@ def kernels(*qkv: Tensor, masked: bool = False) -> contextlib.AbstractContextMan
     elif not order and x.dtype in HALF and needs_gradient(*qkv) and not cudnn_backward_is_right(x.device):
         order = WITHOUT_CUDNN
     return sdpa_kernel([KERNELS[name] for name in order], set_priority=True) if order else contextlib.nullcontext()
+
+
+def _plans_each_length(q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor, dropout: float) -> bool:
+    """Whether cuDNN is what PyTorch will choose, and no gradient is wanted, which would be of the filling, too.
+
+    A new length took 0.44 s on B200 with PyTorch 2.11 (https://github.com/modelscope/FunASR/issues/3704).
+    """
+    if not q_BNTH.is_cuda or q_BNTH.dtype not in HALF or torch.compiler.is_compiling():
+        return False
+    if needs_gradient(q_BNTH, k_BNTH, v_BNTH):
+        return False
+    chosen = torch._fused_sdp_choice(q_BNTH, k_BNTH, v_BNTH, None, dropout, True, scale=1.0)  # 2.6 to 2.13 at least
+    return chosen == KERNELS["cudnn"].value
 
 
 def check_order() -> tuple[str, ...]:
@@ -87,8 +106,8 @@ def gradients_are_right(device, dtype: torch.dtype, backends: list) -> bool:
     There cuDNN's backward gave NaN for queries when the number of tokens was 64 modulo 128 and the weights of a row
     summed to less than the exponential of -88.7 before scaling.
     """
-    generator = torch.Generator().manual_seed(0)
-    q, k, v, d_out = (torch.randn(1, 1, 192, 64, generator=generator) for _ in range(4))
+    generator = torch.Generator("cpu").manual_seed(0)  # named, as all here: torch.set_default_device may say another
+    q, k, v, d_out = (torch.randn(1, 1, 192, 64, generator=generator, device="cpu") for _ in range(4))
     q, k = 0.1 * q, 0.1 * k
     q[..., 0], k[..., 0] = 1.0, -120.0  # every score is about -120
     want = _gradients(q.to(dtype).double(), k.to(dtype).double(), v.to(dtype).double(), d_out.to(dtype).double())

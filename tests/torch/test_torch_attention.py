@@ -69,6 +69,8 @@ def on_device(first_BT, device):
 def test_outputs_and_gradients_are_within_the_bound_and_twice_the_error_of_eager(device, name, dtype, H, T, packed):
     if name == "flash_attention_2" and dtype == "float32":
         pytest.skip("refused: test_torch_flash.py")
+    if name == "flex_attention" and (not packed or T == 67 or (H != 80 and dtype != "bfloat16")):
+        pytest.skip("compiled for each shape, for seconds")
     inputs, first_BT = attention_inputs(dtype, B, N, T, H), documents(T) if packed else None
     first = on_device(first_BT, device)
     got = attended(lambda *qkv: attend(name, *qkv, first), device, dtype, inputs)
@@ -168,6 +170,52 @@ def test_cudnn_trains_once_its_trial_has_passed(monkeypatch, trusted, dtype, tra
         assert got == [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     else:
         assert SDPBackend.CUDNN_ATTENTION in got
+
+
+def spied_lengths(monkeypatch) -> list[int]:
+    """The lengths that SDPA is called with."""
+    seen, real = [], torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q, k, v, *args, **options):
+        seen.append(q.shape[2])
+        return real(q, k, v, *args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    return seen
+
+
+@pytest.mark.parametrize(("T", "filled"), [(67, 128), (128, 128), (131, 256)])
+def test_where_cudnn_plans_each_length_it_gets_whole_multiples_of_128(monkeypatch, T, filled):
+    seen = spied_lengths(monkeypatch)
+    inputs = attention_inputs("float32", B, N, T, 16)
+    qkv = tensors("cpu", "float32", *inputs[:3])
+    want = sdpa.fused_attention(*qkv)
+    monkeypatch.setattr(sdpa, "_plans_each_length", lambda *args: True)
+    got = sdpa.fused_attention(*qkv)
+    assert seen == [T, filled]
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("dtype", "gradient", "chosen", "fills"), [
+    (torch.float16, False, SDPBackend.CUDNN_ATTENTION, True),
+    (torch.float16, False, SDPBackend.FLASH_ATTENTION, False),
+    (torch.float16, True, SDPBackend.CUDNN_ATTENTION, False),
+    (torch.float32, False, SDPBackend.CUDNN_ATTENTION, False),
+])  # fmt: skip
+def test_only_for_cudnn_without_a_gradient_lengths_are_filled_up(monkeypatch, dtype, gradient, chosen, fills):
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *args, **options: chosen.value)
+    assert sdpa._plans_each_length(*[CudaTensor(dtype, gradient)] * 3, 0.0) is fills
+
+
+def test_pytorch_says_which_kernel_it_will_choose():
+    """By a private function: on a CPU with the number of the flash kernel."""
+    q = torch.zeros(1, 2, 11, 16)
+    assert torch._fused_sdp_choice(q, q, q, None, 0.0, True, scale=1.0) == SDPBackend.FLASH_ATTENTION.value
+
+
+def test_a_default_device_does_not_disturb_the_trial():
+    with torch.device("meta"):
+        assert sdpa.gradients_are_right(torch.device("cpu"), torch.bfloat16, [SDPBackend.FLASH_ATTENTION])
 
 
 def test_a_mask_keeps_cudnn_out():
