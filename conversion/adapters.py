@@ -169,7 +169,7 @@ def write_adapter(folder: str | os.PathLike, lora: LoraConfig, arrays: Mapping[s
         text = json.dumps(lora.to_dict(), indent=2, sort_keys=True) + "\n"
         (staged.folder / ADAPTER_CONFIG_NAME).write_text(text, encoding="utf-8")
         names = (ADAPTER_CONFIG_NAME, ADAPTER_NAME, ADAPTER_BIN_NAME)
-        staged.publish(replaced=lambda name: name in names, last=ADAPTER_CONFIG_NAME)
+        staged.publish(replaced=lambda path: path.name in names, last=ADAPTER_CONFIG_NAME)
 
 
 def _spoilt(array: np.ndarray) -> bool:

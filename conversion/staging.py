@@ -67,12 +67,15 @@ class Staging:
             except OSError as error:
                 errors.append(error)
 
-    def publish(self, *, replaced: Callable[[str], bool], last: str) -> list[Path]:
+    def publish(self, *, replaced: Callable[[Path], bool], last: str) -> list[Path]:
         """Gives every entry its name in the target; returns them, JSON files behind the others, `last` at the end.
 
         Args:
-            replaced: tells the names of entries of an older checkpoint, which are deleted.
+            replaced: tells the entries of an older checkpoint, which are deleted.
             last: the entry without which a checkpoint does not open.
+
+        Raises:
+            FileExistsError: another folder has the name of a new file, or the reverse; nothing is touched.
         """
         if not self._is_synced:
             self.sync()
@@ -85,12 +88,13 @@ class Staging:
             self._replace(names, replaced, last)
         return [self._target / name for name in names]
 
-    def _replace(self, names: list[str], replaced: Callable[[str], bool], last: str) -> None:
+    def _replace(self, names: list[str], replaced: Callable[[Path], bool], last: str) -> None:
+        self._refuse_what_is_in_the_way(names, replaced)
         self._say_that_files_are_replaced()
         (self._target / last).unlink(missing_ok=True)
         sync_path(self._target)
         for path in list(self._target.iterdir()):
-            if replaced(path.name):
+            if replaced(path):
                 _delete(path)
         for name in names:
             if name == last:
@@ -100,6 +104,11 @@ class Staging:
         for path in _unfinished(self._target):  # this one, and those of runs that were killed
             shutil.rmtree(path)
         sync_path(self._target)
+
+    def _refuse_what_is_in_the_way(self, names: list[str], replaced: Callable[[Path], bool]) -> None:
+        for old in (self._target / name for name in names):
+            if old.exists() and old.is_dir() != (self.folder / old.name).is_dir() and not replaced(old):
+                raise FileExistsError(f"{old}: in the way, and nothing of a checkpoint")
 
     def _say_that_files_are_replaced(self) -> None:
         renamed = self.folder.with_suffix(_REPLACING)

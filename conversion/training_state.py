@@ -77,7 +77,7 @@ def write_training_state(
             write_file(file, tensors, lambda file, tensor: _write(file, tensor, arrays[tensor.name], problems))
         raise_if(CheckpointError, str(folder), problems)
         (staged.folder / STATE_NAME).write_text(text, encoding="utf-8")
-        staged.publish(replaced=lambda name: name in (STATE_NAME, MOMENTS_NAME), last=STATE_NAME)
+        staged.publish(replaced=lambda path: path.name in (STATE_NAME, MOMENTS_NAME), last=STATE_NAME)
 
 
 def _named(moments: Mapping[str, Moments]) -> Iterator[tuple[str, Any]]:

@@ -33,6 +33,7 @@ CLASSES = {
     "question-answering": "OPTForQuestionAnswering",
 }
 DEFAULT_SHARD_SIZE = "5GB"
+_FOLDERS = ("orbax", "variables", "assets")  # of checkpoints; `checkpoint`, of TensorFlow, is a file
 
 
 def write_checkpoint(
@@ -135,14 +136,21 @@ def refuse_existing(target: Path, overwrite: bool) -> None:
     """Raises FileExistsError where a file, or without `overwrite` a checkpoint, is in the way."""
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target}: expected a folder, got a file")
-    found = sorted(path.name for path in target.iterdir() if is_of_a_checkpoint(path.name)) if target.is_dir() else []
+    found = entries_of_a_checkpoint(target) if target.is_dir() else []
     if found and not overwrite:
         raise FileExistsError(f"{target}: holds {', '.join(found[:5])}; pass overwrite=True to replace them")
 
 
-def is_of_a_checkpoint(name: str) -> bool:
-    """True for the names that checkpoints of any format consist of."""
-    return name in (CONFIG_NAME, MANIFEST_NAME) or any(format.owns(name) for format in FORMATS.values())
+def entries_of_a_checkpoint(folder: Path) -> list[str]:
+    """The names in a folder that checkpoints of any format consist of."""
+    return sorted(path.name for path in folder.iterdir() if is_of_a_checkpoint(path))
+
+
+def is_of_a_checkpoint(path: Path) -> bool:
+    """True for what checkpoints of any format consist of, by the name and by whether it is a folder."""
+    if path.is_dir() != (path.name in _FOLDERS):
+        return False
+    return path.name in (CONFIG_NAME, MANIFEST_NAME) or any(format.owns(path.name) for format in FORMATS.values())
 
 
 def _config_to_write(config: OPTConfig, task: str, planned: list[Planned]) -> OPTConfig:

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import itertools
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -10,7 +11,7 @@ from conversion import open_checkpoint, resolve, write_checkpoint
 from conversion.containers import CONTAINERS
 from conversion.difference import differing_fields
 from conversion.formats import FORMATS, losses
-from conversion.write import CLASSES, is_of_a_checkpoint
+from conversion.write import CLASSES, entries_of_a_checkpoint, is_of_a_checkpoint
 from opt_core.config import DTYPES
 from opt_core.errors import InputError, ProblemsError, raise_if
 from opt_core.small_files import find_folder
@@ -117,14 +118,21 @@ def _write_saved_model(
 
 def _check_target(opened: Path, target: Path, overwrite: bool) -> None:
     """The two refusals that are worded for this command; `write_checkpoint` has others."""
-    folder = opened if opened.is_dir() else opened.parent
-    if target.is_dir() and folder.samefile(target):
+    if target.is_dir() and _would_be_replaced(opened, target):
         raise InputError("opt-zoo convert", [f"TARGET: expected another folder than SOURCE, got {target}"])
-    names = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
-    found = [name for name in names if is_of_a_checkpoint(name)]
+    found = entries_of_a_checkpoint(target) if target.is_dir() else []
     if found and not overwrite:
         text = f"TARGET: {target} holds {', '.join(found[:5])}; --overwrite replaces them"
         raise InputError("opt-zoo convert", [text])
+
+
+def _would_be_replaced(opened: Path, target: Path) -> bool:
+    """True where SOURCE is in TARGET, or in a folder there that belongs to a checkpoint, as Orbax's does."""
+    folder = (opened if opened.is_dir() else opened.parent).absolute()
+    within = itertools.pairwise([folder, *folder.parents])
+    return folder.samefile(target) or any(
+        is_of_a_checkpoint(inner) and outer.samefile(target) for inner, outer in within
+    )
 
 
 def _side_folder(source: str) -> Path | None:

@@ -175,6 +175,20 @@ def test_an_existing_checkpoint_is_refused_and_its_leftovers_go_when_it_is_repla
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
+def test_a_folder_by_the_name_of_a_file_of_a_checkpoint_is_never_deleted(tmp_path):
+    config = config_of()
+    write_checkpoint(tmp_path, config, tensors_of(config))
+    (tmp_path / "checkpoint").mkdir()  # TensorFlow has a file of this name
+    (tmp_path / "checkpoint" / "notes").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(FileExistsError, match="checkpoint: in the way"):
+        write_checkpoint(tmp_path, config, tensors_of(config), format="tf-checkpoint", overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
+    open_checkpoint(tmp_path).check()
+    write_checkpoint(tmp_path, config, tensors_of(config), format="torch-bin", overwrite=True)
+    assert (tmp_path / "checkpoint" / "notes").read_text() == "mine"
+
+
 def test_a_checkpoint_can_replace_itself(tmp_path):
     config = config_of()
     tensors = tensors_of(config)

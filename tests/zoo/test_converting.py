@@ -93,6 +93,18 @@ def test_a_checkpoint_is_never_converted_onto_itself(opt_zoo, checkpoint):
     assert_same(tensors_of(checkpoint), before)
 
 
+def test_a_checkpoint_is_never_converted_onto_the_folder_that_it_is_the_inside_of(opt_zoo, checkpoint, tmp_path):
+    assert opt_zoo("convert", checkpoint, tmp_path / "runs" / "orbax", "--to", "orbax")[0] == 0
+    source = tmp_path / "runs" / "orbax" / "orbax"
+    before = tensors_of(source)
+    for target in (source.parent, source.parent.parent):
+        code, _, err = opt_zoo("convert", source, target, "--dtype", "float16", "--overwrite")
+        assert code == 2
+        assert "expected another folder than SOURCE" in err
+    assert_same(tensors_of(source), before)
+    assert opt_zoo("convert", source, tmp_path)[0] == 0  # which only holds it
+
+
 def test_a_checkpoint_that_does_not_fit_its_config_is_not_converted(opt_zoo, checkpoint, tmp_path):
     config_of(num_hidden_layers=2).to_json(checkpoint)
     code, _, err = opt_zoo("convert", checkpoint, tmp_path / "target")
