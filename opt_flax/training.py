@@ -25,7 +25,6 @@ from opt_core.errors import InputError, TrainingError
 from opt_core.freed_memory import give_back_freed_memory
 from opt_core.keywords import arguments_of
 from opt_core.optimization import Moments, TrainingRecipe
-from opt_core.reference import IGNORED_LABEL
 from opt_core.sharding import local_batch
 from opt_flax import losses
 from opt_flax.inputs import as_index, as_tensor, known
@@ -253,19 +252,31 @@ def _find_gradients(
     """The loss, the norm of all gradients, and the gradients; `numbers` are the seed and the number of the step."""
     key = jax.random.fold_in(jax.random.key(numbers[0]), numbers[1])
 
-    def loss_of(trained, part: dict[str, Array], key: Array) -> Array:
+    model = nnx.merge(graphdef, trained, rest, copy=True)
+    shares = _shares(model, batch, accumulate)
+
+    def loss_of(trained, part: dict[str, Array], shares: Array, key: Array) -> Array:
         model = nnx.merge(graphdef, trained, rest, copy=True)  # its variables belong to this trace
         _start_streams(model, key)
-        return model(**part, **_options(model)).loss
+        return losses.part_of_loss(model(**part, **_options(model)), part, shares)
 
-    def differentiate(trained, part: dict[str, Array], key: Array):
-        loss, gradients = jax.value_and_grad(loss_of)(trained, part, key)
+    def differentiate(part: dict[str, Array], shares: Array, key: Array):
+        loss, gradients = jax.value_and_grad(loss_of)(trained, part, shares, key)
         if layout is not None:
             layout_of = jax.tree.unflatten(jax.tree.structure(gradients), layout)
             gradients = lax.with_sharding_constraint(gradients, layout_of)
         return loss, gradients
 
-    loss, gradients = _accumulated(differentiate, trained, batch, key, accumulate)
+    def add_part(sums, part):
+        i, shares, batch = part
+        found = differentiate(batch, shares, jax.random.fold_in(key, i))
+        return jax.tree.map(jnp.add, sums, found), None
+
+    if accumulate == 1:
+        loss, gradients = differentiate(batch, shares, key)
+    else:
+        start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trained))
+        (loss, gradients), _ = lax.scan(add_part, start, (jnp.arange(accumulate), shares, batch))
     return loss, gradient_norm(gradients), gradients
 
 
@@ -296,32 +307,15 @@ def _update(graphdef, optimizer, trained, moments, rest, gradients):
     return nnx.state(model, model.trainable), nnx.state(changed)
 
 
-def _accumulated(differentiate, trained, batch: dict[str, Array], key: Array, parts: int):
-    """Loss and gradients of a batch, part by part: each weighs as much as it has predictions that count.
+def _shares(model, batch: dict[str, Array], parts: int) -> Array:
+    """Of the targets that count in a batch, those of each of its parts, which are the first dimension of what is in it.
 
-    Parts are the first dimension of what is in the batch, unless there is one.
+    Without parts the one of the whole, all.
     """
     if parts == 1:
-        return differentiate(trained, batch, key)
-    counts = jax.vmap(_predictions)(batch)
-    shares = counts / jnp.maximum(counts.sum(), 1)
-
-    def add_part(sums, part):
-        i, share, batch = part
-        found = differentiate(trained, batch, jax.random.fold_in(key, i))
-        return jax.tree.map(lambda total, x: total + (share * x).astype(x.dtype), sums, found), None
-
-    start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trained))
-    return lax.scan(add_part, start, (jnp.arange(parts), shares, batch))[0]
-
-
-def _predictions(batch: dict[str, Array]) -> Array:
-    """How many targets of a language model count; of another task, the rows."""
-    labels = batch.get("labels")
-    if labels is None or labels.shape != batch.get("input_ids", labels).shape:
-        return jnp.array(len(next(iter(batch.values()))))
-    targets = losses.causal_lm_targets(labels, batch.get("attention_mask"), batch.get("segment_ids"))
-    return (targets != IGNORED_LABEL).sum()
+        return jnp.ones(1)
+    counts = jax.vmap(lambda part: jnp.array(losses.counted_targets(part, model.task, model.config)))(batch)
+    return counts / jnp.maximum(counts.sum(0), 1)
 
 
 def _start_streams(model: nnx.Module, key: Array) -> None:

@@ -3,13 +3,17 @@
 That of a language model is `linear_cross_entropy`; here are its targets.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import tensorflow as tf
 from tensorflow import Tensor
 
+from opt_core.config import OPTConfig
 from opt_core.reference import IGNORED_LABEL
+from opt_tf.inputs import as_index
 from opt_tf.layers import at_least_float32, dims
+
+POSITIONS = ("start_positions", "end_positions")
 
 
 def causal_lm_targets(
@@ -28,12 +32,12 @@ def causal_lm_targets(
     return targets_BT
 
 
-def counted_predictions(batch: Mapping[str, Tensor], task: str) -> Tensor | int:
-    """How many targets of a language model count; of another task, the rows."""
-    if task != "causal-lm" or batch.get("labels") is None:
-        return dims(next(iter(batch.values())))[0]
-    targets_BT = causal_lm_targets(batch["labels"], batch.get("attention_mask"), batch.get("segment_ids"))
-    return tf.math.count_nonzero(targets_BT != IGNORED_LABEL)
+def answer_targets(positions_B: Tensor, tokens: int | Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """The positions [B] in rows of so many tokens; -100 for one at padding, or beyond the row (a truncated answer)."""
+    target_BT = positions_B[:, None] == tf.range(tf.cast(tokens, positions_B.dtype))
+    if attention_mask is not None:
+        target_BT = target_BT & tf.cast(attention_mask, tf.bool)
+    return tf.where(tf.reduce_any(target_BT, 1), positions_B, IGNORED_LABEL)
 
 
 def classification_loss(logits_BK: Tensor, labels: Tensor, problem_type: str) -> Tensor:
@@ -48,21 +52,25 @@ def classification_loss(logits_BK: Tensor, labels: Tensor, problem_type: str) ->
 
 
 def question_answering_loss(
-    start_BT: Tensor, end_BT: Tensor, starts_B: Tensor, ends_B: Tensor, attention_mask: Tensor | None = None
+    start_BT: Tensor,
+    end_BT: Tensor,
+    starts_B: Tensor,
+    ends_B: Tensor,
+    attention_mask: Tensor | None = None,
+    shares: Sequence[float | Tensor] = (1.0, 1.0),
 ) -> Tensor:
     """The mean of the losses of start and end, each a softmax over the real positions of its row.
 
-    A position of -100, one at padding, or one beyond the sequence (a truncated answer) is not counted.
+    A position of -100, one at padding, or one beyond the sequence (a truncated answer) is not counted. Each of the two
+    losses, which are means themselves, is multiplied with its share before.
     """
     losses = []
     for logits_BT, positions_B in ((start_BT, starts_B), (end_BT, ends_B)):
         logits_BT = at_least_float32(logits_BT)
-        target_BT = positions_B[:, None] == tf.range(tf.shape(logits_BT, tf.int64)[1])
         if attention_mask is not None:
             logits_BT = tf.where(tf.cast(attention_mask, tf.bool), logits_BT, logits_BT.dtype.min)
-            target_BT = target_BT & tf.cast(attention_mask, tf.bool)
-        losses.append(cross_entropy(logits_BT, tf.where(tf.reduce_any(target_BT, 1), positions_B, IGNORED_LABEL)))
-    return (losses[0] + losses[1]) / 2
+        losses.append(cross_entropy(logits_BT, answer_targets(positions_B, dims(logits_BT)[1], attention_mask)))
+    return (losses[0] * shares[0] + losses[1] * shares[1]) / 2
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -72,3 +80,39 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     each = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.where(counted, labels, 0), logits)
     total = tf.reduce_sum(tf.where(counted, each, tf.zeros([], each.dtype)))
     return total / tf.cast(tf.maximum(tf.math.count_nonzero(counted), 1), total.dtype)
+
+
+# -- parts of a batch -------------------------------------------------------------------------------------------------
+
+
+def counted_targets(batch: Mapping[str, Tensor], task: str, config: OPTConfig) -> list[Tensor | int]:
+    """How many targets count of each mean that a loss is made of: of one, or of starts and of ends."""
+    mask_BT, labels = batch.get("attention_mask"), batch.get("labels")
+    if batch.keys() >= set(POSITIONS):
+        tokens = dims(batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"])[1]
+        targets = [answer_targets(_positions(batch, name), tokens, mask_BT) for name in POSITIONS]
+    elif labels is None or _are_all_counted(labels, task, config):
+        return [dims(next(iter(batch.values())))[0]]
+    elif task == "causal-lm":
+        targets = [causal_lm_targets(as_index(labels), mask_BT, batch.get("segment_ids"))]
+    else:
+        targets = [as_index(labels)]
+    return [tf.math.count_nonzero(x != IGNORED_LABEL) for x in targets]
+
+
+def part_of_loss(out, part: Mapping[str, Tensor], shares: Sequence[float | Tensor]) -> Tensor:
+    """What a part adds to the loss of the whole batch, by its outputs and its shares of `counted_targets`."""
+    if len(shares) == 1:
+        return out.loss * shares[0]
+    positions = (_positions(part, name) for name in POSITIONS)
+    return question_answering_loss(out.start_logits, out.end_logits, *positions, part.get("attention_mask"), shares)
+
+
+def _are_all_counted(labels: Tensor, task: str, config: OPTConfig) -> bool:
+    return (
+        task == "sequence-classification" and config.problem_type_of(labels.dtype.name) != "single_label_classification"
+    )
+
+
+def _positions(batch: Mapping[str, Tensor], name: str) -> Tensor:
+    return tf.reshape(as_index(batch[name]), [-1])

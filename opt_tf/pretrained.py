@@ -23,8 +23,8 @@ from opt_tf.inputs import as_index, as_tensor, known, known_cache
 from opt_tf.layers import Embedding, Linear
 from opt_tf.loading import LoadingMixin, name_of
 from opt_tf.lora import add_lora
-from opt_tf.losses import counted_predictions
-from opt_tf.replicas import seed_of_replica, share_loss
+from opt_tf.losses import counted_targets, part_of_loss
+from opt_tf.replicas import replicas, seed_of_replica, share_loss, shares_of_replica
 from opt_tf.sharding import Placement, call_on_mesh, check_on_no_mesh
 from opt_tf.surgery import SurgeryMixin, replace_layer
 
@@ -263,7 +263,9 @@ class TFOPTPreTrainedModel(SurgeryMixin, LoadingMixin, keras.Model):
         """The model's own loss where it computed one, over the rows of all replicas, else that of `compile`."""
         if getattr(y_pred, "loss", None) is None:
             return super().compute_loss(x, y, _predictions(y_pred), sample_weight, training)
-        return share_loss(y_pred.loss, counted_predictions(x, self.task))
+        if replicas() == 1:
+            return y_pred.loss
+        return share_loss(part_of_loss(y_pred, x, shares_of_replica(counted_targets(x, self.task, self.config))))
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None) -> dict:
         return super().compute_metrics(x, y, _predictions(y_pred), sample_weight)

@@ -22,16 +22,17 @@ def sum_over_replicas(tensors: list[Tensor]) -> list[Tensor]:
     return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, tensors)
 
 
-def share_loss(mean: Tensor, count: Tensor) -> Tensor:
-    """This replica's part of the mean over all that the replicas count; `mean` is that of its own `count`.
+def shares_of_replica(counts: list[Tensor | int]) -> list[Tensor]:
+    """What part this replica has of each of the counts, of those of all replicas together."""
+    counts = [tf.cast(count, tf.float32) for count in counts]
+    return [count / tf.maximum(total, 1) for count, total in zip(counts, sum_over_replicas(counts), strict=True)]
 
-    Gradients of the parts add up to that of the whole mean. The value is the whole mean over the number of replicas, on
-    each of them, which Keras' trackers multiply with it.
+
+def share_loss(part: Tensor) -> Tensor:
+    """This replica's part of a loss, with the value of the whole over the number of replicas on each of them.
+
+    Gradients of the parts add up to that of the whole; Keras' trackers multiply the value with that number.
     """
-    if replicas() == 1:
-        return mean
-    (total,) = sum_over_replicas([tf.cast(count, mean.dtype)])
-    part = mean * tf.cast(count, mean.dtype) / tf.maximum(total, 1)
     (whole,) = sum_over_replicas([tf.stop_gradient(part)])
     return part + tf.stop_gradient(whole / replicas() - part)
 

@@ -67,9 +67,9 @@ class Trainer:
             TrainingError: the loss or the gradient is not finite; weights and moments stay as they were.
         """
         sums = None
-        for number, (part, share) in enumerate(self._parts(self._checked(batch), self.accumulate), start=1):
+        for number, (part, shares) in enumerate(self._parts(self._checked(batch), self.accumulate), start=1):
             self.model.seed_generator.state.assign([self.seed, self.step_count * self.accumulate + number])
-            sums = self._compiled["_all_gradients"](part, share, sums, number == self.accumulate)
+            sums = self._compiled["_all_gradients"](part, shares, sums, number == self.accumulate)
         loss, norm = (float(self.strategy.experimental_local_results(x)[0]) for x in sums[:2])
         give_back_freed_memory()
         self.gradient_norm = norm
@@ -82,8 +82,8 @@ class Trainer:
 
     def evaluate(self, batch: Mapping[str, np.ndarray]) -> float:
         """The loss of a batch, without dropout."""
-        ((part, share),) = self._parts(self._checked(batch), 1)
-        return float(self._compiled["_all_losses"](part, share))
+        ((part, shares),) = self._parts(self._checked(batch), 1)
+        return float(self._compiled["_all_losses"](part, shares))
 
     def predict(self, batch: Mapping[str, np.ndarray]):
         """The outputs for a batch, without dropout; of several replicas, one computes them."""
@@ -142,20 +142,21 @@ class Trainer:
             del batch["attention_mask"]  # nothing to pack
         return batch
 
-    def _parts(self, batch: dict[str, Tensor], accumulate: int) -> list[tuple[dict[str, Tensor], Tensor | None]]:
-        """The batch in parts, each with its share of the predictions that count, on every replica its own."""
+    def _parts(self, batch: dict[str, Tensor], accumulate: int) -> list[tuple[dict[str, Tensor], Tensor]]:
+        """The batch in parts, each with its shares of the targets that count in all of it, on every replica its own."""
         number = accumulate * self.replicas
         if number == 1:
-            return [(batch, None)]
+            return [(batch, tf.ones([1]))]
         rows = {len(x) for x in batch.values()}
         if any(count % number for count in rows):
             text = f"expected rows in {accumulate} (accumulate) x {self.replicas} (replicas) equal parts"
             raise InputError("batch", [f"{text}, got {max(rows)}"])
         columns = (tf.split(x, number) for x in batch.values())
         parts = [dict(zip(batch, part, strict=True)) for part in zip(*columns, strict=True)]
-        counts = tf.stack([tf.cast(losses.counted_predictions(part, self.model.task), tf.float32) for part in parts])
-        shares = tf.unstack(counts / tf.maximum(tf.reduce_sum(counts), 1))
-        pairs = list(zip(parts, shares, strict=True))
+        of_model = self.model.task, self.model.config
+        counts = np.array([losses.counted_targets(part, *of_model) for part in parts], np.float32)
+        shares = counts / np.maximum(counts.sum(0), 1)
+        pairs = list(zip(parts, tf.unstack(shares), strict=True))
         return [self._on_replicas(pairs[start : start + self.replicas]) for start in range(0, number, self.replicas)]
 
     def _on_replicas(self, values: list):
@@ -176,17 +177,16 @@ class Trainer:
         return self._gradients(*arguments) if self.replicas == 1 else self.strategy.run(self._gradients, arguments)
 
     def _gradients(
-        self, part: dict[str, Tensor], share: Tensor | None, sums: list[Tensor] | None, is_last: bool
+        self, part: dict[str, Tensor], shares: Tensor, sums: list[Tensor] | None, is_last: bool
     ) -> list[Tensor]:
         """The loss, the norm of all gradients, and each of them, clipped; of several parts the sums so far."""
         variables = [v.value for v in self.variables]
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(variables)
-            loss = self.model(**part, training=True, **self._options).loss
+            out = self.model(**part, training=True, **self._options)
+            loss = losses.part_of_loss(out, part, tf.unstack(shares))
         gradients = tape.gradient(loss, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO)
         found = [loss, *map(tf.convert_to_tensor, gradients)]
-        if share is not None:
-            found = [x * tf.cast(share, x.dtype) for x in found]
         if sums is not None:
             found = [x + total for x, total in zip(found, [sums[0], *sums[2:]], strict=True)]
         if is_last:
@@ -214,15 +214,16 @@ class Trainer:
         with tf.control_dependencies(done):
             optimizer.iterations.assign_add(1)
 
-    def _all_losses(self, batch: dict[str, Tensor], share: Tensor | None) -> Tensor:
-        """The loss of a batch, of which each replica computes its share."""
+    def _all_losses(self, part: dict[str, Tensor], shares: Tensor) -> Tensor:
+        """The loss of a batch, of which each replica computes its part."""
         if self.replicas == 1:
-            return self._loss(batch)
-        parts = self.strategy.run(lambda batch, share: self._loss(batch) * share, (batch, share))
-        return self.strategy.reduce(tf.distribute.ReduceOp.SUM, parts, axis=None)
+            return self._loss(part, shares)
+        found = self.strategy.run(self._loss, (part, shares))
+        return self.strategy.reduce(tf.distribute.ReduceOp.SUM, found, axis=None)
 
-    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
-        return self.model(**batch, training=False, **self._options).loss
+    def _loss(self, part: dict[str, Tensor], shares: Tensor) -> Tensor:
+        out = self.model(**part, training=False, **self._options)
+        return losses.part_of_loss(out, part, tf.unstack(shares))
 
     def _outputs(self, batch: dict[str, Tensor]):
         return self.model(**batch, training=False, use_cache=False)

@@ -3,11 +3,17 @@
 That of a language model is `linear_cross_entropy`; here are its targets.
 """
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from opt_core.config import OPTConfig
 from opt_core.reference import IGNORED_LABEL
+from opt_torch.inputs import as_index
+
+POSITIONS = ("start_positions", "end_positions")
 
 
 def causal_lm_targets(
@@ -26,6 +32,14 @@ def causal_lm_targets(
     return targets_BT
 
 
+def answer_targets(positions_B: Tensor, tokens: int, attention_mask: Tensor | None = None) -> Tensor:
+    """The positions [B] in rows of so many tokens; -100 for one at padding, or beyond the row (a truncated answer)."""
+    target_BT = positions_B[:, None] == torch.arange(tokens, device=positions_B.device)
+    if attention_mask is not None:
+        target_BT = target_BT & (attention_mask != 0)
+    return torch.where(target_BT.any(1), positions_B, IGNORED_LABEL)
+
+
 def classification_loss(logits_BK: Tensor, labels: Tensor, problem_type: str) -> Tensor:
     """Cross entropy, mean squared error, or binary cross entropy with logits, by `problem_type`."""
     if problem_type == "single_label_classification":
@@ -37,21 +51,25 @@ def classification_loss(logits_BK: Tensor, labels: Tensor, problem_type: str) ->
 
 
 def question_answering_loss(
-    start_BT: Tensor, end_BT: Tensor, starts_B: Tensor, ends_B: Tensor, attention_mask: Tensor | None = None
+    start_BT: Tensor,
+    end_BT: Tensor,
+    starts_B: Tensor,
+    ends_B: Tensor,
+    attention_mask: Tensor | None = None,
+    shares: Sequence[float] = (1.0, 1.0),
 ) -> Tensor:
     """The mean of the losses of start and end, each a softmax over the real positions of its row.
 
-    A position of -100, one at padding, or one beyond the sequence (a truncated answer) is not counted.
+    A position of -100, one at padding, or one beyond the sequence (a truncated answer) is not counted. Each of the two
+    losses, which are means themselves, is multiplied with its share before.
     """
     losses = []
     for logits_BT, positions_B in ((start_BT, starts_B), (end_BT, ends_B)):
         logits_BT = _at_least_float32(logits_BT)
-        target_BT = positions_B[:, None] == torch.arange(logits_BT.shape[1], device=logits_BT.device)
         if attention_mask is not None:
             logits_BT = torch.where(attention_mask != 0, logits_BT, torch.finfo(logits_BT.dtype).min)
-            target_BT = target_BT & (attention_mask != 0)
-        losses.append(cross_entropy(logits_BT, torch.where(target_BT.any(1), positions_B, IGNORED_LABEL)))
-    return (losses[0] + losses[1]) / 2
+        losses.append(cross_entropy(logits_BT, answer_targets(positions_B, logits_BT.shape[1], attention_mask)))
+    return (losses[0] * shares[0] + losses[1] * shares[1]) / 2
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -59,6 +77,41 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     logits = _at_least_float32(logits)
     total = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
     return total / (labels != IGNORED_LABEL).sum().clamp(min=1)
+
+
+# -- parts of a batch -------------------------------------------------------------------------------------------------
+
+
+def counted_targets(batch: Mapping[str, Tensor], task: str, config: OPTConfig) -> list[Tensor | int]:
+    """How many targets count of each mean that a loss is made of: of one, or of starts and of ends."""
+    mask_BT, labels = batch.get("attention_mask"), batch.get("labels")
+    if batch.keys() >= set(POSITIONS):
+        tokens = (batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]).shape[1]
+        targets = [answer_targets(_positions(batch, name), tokens, mask_BT) for name in POSITIONS]
+    elif labels is None or _are_all_counted(labels, task, config):
+        return [len(next(iter(batch.values())))]
+    elif task == "causal-lm":
+        targets = [causal_lm_targets(as_index(labels, labels.device), mask_BT, batch.get("segment_ids"))]
+    else:
+        targets = [as_index(labels, labels.device)]
+    return [(x != IGNORED_LABEL).sum() for x in targets]
+
+
+def part_of_loss(out, part: Mapping[str, Tensor], shares: Sequence[float]) -> Tensor:
+    """What a part adds to the loss of the whole batch, by its outputs and its shares of `counted_targets`."""
+    if len(shares) == 1:
+        return out.loss * shares[0]
+    positions = (_positions(part, name) for name in POSITIONS)
+    return question_answering_loss(out.start_logits, out.end_logits, *positions, part.get("attention_mask"), shares)
+
+
+def _are_all_counted(labels: Tensor, task: str, config: OPTConfig) -> bool:
+    dtype = str(labels.dtype).removeprefix("torch.")
+    return task == "sequence-classification" and config.problem_type_of(dtype) != "single_label_classification"
+
+
+def _positions(batch: Mapping[str, Tensor], name: str) -> Tensor:
+    return as_index(batch[name], batch[name].device).reshape(-1)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ from conversion.parameters import read_parameters
 from conversion.training_state import read_training_state, write_training_state
 from opt_core.errors import InputError, TrainingError
 from opt_core.optimization import Moments, TrainingRecipe
-from opt_core.reference import IGNORED_LABEL
 from opt_core.schema import shapes
 from opt_torch import losses
 from opt_torch.inputs import as_tensor
@@ -28,8 +27,6 @@ from opt_torch.lora import load_adapter, save_adapter
 from opt_torch.optimization import gradient_norm, make_optimizer, name_of
 from opt_torch.processes import other_processes, part_of_batch, sum_of_parts, whole_rows
 from opt_torch.sharding import as_part, own_slices, slices_of, write_from_first
-
-POSITIONS = ("start_positions", "end_positions")
 
 
 class Trainer:
@@ -86,7 +83,7 @@ class Trainer:
         ((part, shares),) = self._parts(batch, 1)
         with self._others():
             out = self.model.eval()(**part, **self._options)
-            return sum_of_parts(self.model, float(self._loss(out, part, shares)))
+            return sum_of_parts(self.model, float(losses.part_of_loss(out, part, shares)))
 
     @torch.no_grad()
     def predict(self, batch: Mapping[str, np.ndarray]):
@@ -96,7 +93,7 @@ class Trainer:
             out = self.model.eval()(**part, use_cache=False)
             loss = out.loss
             if loss is not None:
-                loss = loss.new_tensor(sum_of_parts(self.model, float(self._loss(out, part, shares))))
+                loss = loss.new_tensor(sum_of_parts(self.model, float(losses.part_of_loss(out, part, shares))))
             rows = {name: whole_rows(self.model, x) for name, x in out._asdict().items() if name != "loss"}
         return type(out)(loss=loss, **rows)
 
@@ -171,7 +168,7 @@ class Trainer:
         with torch.random.fork_rng(devices):
             for number, (part, shares) in enumerate(self._parts(batch, self.accumulate)):
                 torch.manual_seed(_mixed(self.seed, self.step_count, number, self.part))
-                part_loss = self._loss(self.model(**part, **self._options), part, shares)
+                part_loss = losses.part_of_loss(self.model(**part, **self._options), part, shares)
                 (part_loss * self.parts).backward()  # the engine takes the mean over the processes
                 loss += float(part_loss.detach())
         return sum_of_parts(self.model, loss)
@@ -188,20 +185,10 @@ class Trainer:
             raise InputError("batch", [f"expected rows in {number} equal parts ({of_what}), got {max(rows)}"])
         columns = (x.chunk(number) for x in batch.values())
         parts = [dict(zip(batch, part, strict=True)) for part in zip(*columns, strict=True)]
-        counts = torch.tensor([_counted_targets(self.model, part) for part in parts], dtype=torch.float64)
+        of_model = self.model.task, self.model.config
+        counts = torch.tensor([losses.counted_targets(part, *of_model) for part in parts], dtype=torch.float64)
         shares = (counts / counts.sum(0).clamp(min=1)).tolist()
         return list(zip(parts, shares, strict=True))[self.part * accumulate :][:accumulate]
-
-    def _loss(self, out, part: Mapping[str, Tensor], shares: list[float]) -> Tensor:
-        """What a part adds to the loss of the whole batch, by its outputs and its shares of the targets."""
-        if len(shares) == 1:
-            return out.loss * shares[0]
-        starts_B, ends_B = (part[name].reshape(-1) for name in POSITIONS)
-        none_B = torch.full_like(starts_B, IGNORED_LABEL)
-        logits, mask_BT = (out.start_logits, out.end_logits), part.get("attention_mask")
-        pairs = (starts_B, none_B), (none_B, ends_B)
-        means = (losses.question_answering_loss(*logits, *pair, mask_BT) for pair in pairs)
-        return sum(mean * share for mean, share in zip(means, shares, strict=True))
 
     def _read_weights(self, folder) -> None:
         model, dtype = self.model, str(self.model.dtype).removeprefix("torch.")
@@ -258,25 +245,3 @@ class _Whole(NamedTuple):
 def _mixed(*numbers: int) -> int:
     """A seed of PyTorch's that depends on all of them."""
     return int(np.random.SeedSequence([number % 2**64 for number in numbers]).generate_state(1, np.uint64)[0])
-
-
-def _counted_targets(model, part: Mapping[str, Tensor]) -> list[float]:
-    """How many targets count of each mean that the loss is made of: one, or those of starts and of ends."""
-    if part.keys() >= set(POSITIONS):
-        return [_counted_positions(part[name], part) for name in POSITIONS]
-    labels = part.get("labels")
-    if labels is None:
-        return [1.0]
-    if model.task == "causal-lm":
-        labels = losses.causal_lm_targets(labels, part.get("attention_mask"), part.get("segment_ids"))
-    elif model.config.problem_type_of(str(labels.dtype).removeprefix("torch.")) != "single_label_classification":
-        return [float(len(labels))]
-    return [float((labels != IGNORED_LABEL).sum())]
-
-
-def _counted_positions(positions_B: Tensor, part: Mapping[str, Tensor]) -> float:
-    """Those of real tokens."""
-    x_BT = part["input_ids"] if "input_ids" in part else part["inputs_embeds"][..., 0]
-    real_BT = part.get("attention_mask", torch.ones_like(x_BT)) != 0
-    columns_T = torch.arange(x_BT.shape[1], device=x_BT.device)
-    return float((real_BT & (positions_B.reshape(-1, 1) == columns_T)).sum())

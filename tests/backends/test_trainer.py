@@ -18,7 +18,7 @@ from conversion.training_state import read_training_state
 from opt_core.errors import TrainingError
 from opt_core.lora import LoraConfig, new_adapter
 from opt_core.optimization import Moments, TrainingRecipe, adamw_step
-from opt_core.reference import causal_lm_loss
+from opt_core.reference import IGNORED_LABEL, causal_lm_loss, classification_loss, question_answering_loss
 from opt_core.schema import shapes
 
 ROOT = Path(__file__).parent.parent.parent
@@ -119,6 +119,43 @@ def test_a_batch_in_parts_is_the_batch(backend):
         assert parts.step(batch) == pytest.approx(whole.step(batch), rel=1e-6)
         assert parts.gradient_norm == pytest.approx(whole.gradient_norm, rel=1e-5)
     assert_close(weights_of(backend, parts), weights_of(backend, whole), largest=1e-4 * RECIPE.learning_rate)
+
+
+@pytest.mark.parametrize(
+    ("task", "labels"),
+    [
+        ("sequence-classification", dict(labels=[IGNORED_LABEL, 1, 2, 0])),
+        ("question-answering", dict(start_positions=[IGNORED_LABEL, 13, 0, 2], end_positions=[11, 3, 0, 5])),
+    ],
+    ids=["classes", "answers"],
+)
+def test_parts_weigh_what_they_count_whatever_the_task(backend, task, labels):
+    """One row of the first part has no label; of its starts none counts (left out, beyond the text), of its ends one.
+
+    The truth is the loss in float64, which knows of no parts.
+    """
+    config = config_of(num_hidden_layers=1, num_labels=3)
+    labels = {name: np.array(x) for name, x in labels.items()}
+    batch = dict(input_ids=token_ids(config), attention_mask=mask_named("right")) | labels
+    truth = LOSSES[task](reference_of(config, task), **batch)
+    whole, parts = (trainer_of(backend, config, accumulate=number, task=task) for number in (1, 2))
+    assert whole.step(batch) == pytest.approx(truth, rel=1e-6)
+    assert parts.step(batch) == pytest.approx(truth, rel=1e-6)
+    assert parts.gradient_norm == pytest.approx(whole.gradient_norm, rel=1e-5)
+    assert_close(weights_of(backend, parts), weights_of(backend, whole), largest=1e-4 * RECIPE.learning_rate)
+
+
+def loss_of_classes(reference, input_ids, attention_mask, labels) -> float:
+    logits_BK = reference.classify(reference(input_ids, attention_mask).last_hidden_state, attention_mask)
+    return classification_loss(logits_BK, labels, "single_label_classification")
+
+
+def loss_of_answers(reference, input_ids, attention_mask, start_positions, end_positions) -> float:
+    spans = reference.answer_spans(reference(input_ids, attention_mask).last_hidden_state, attention_mask)
+    return question_answering_loss(*spans, start_positions, end_positions, attention_mask)
+
+
+LOSSES = {"sequence-classification": loss_of_classes, "question-answering": loss_of_answers}
 
 
 def test_a_loss_that_is_not_finite_stops_the_step_and_changes_nothing(backend):

@@ -16,7 +16,7 @@ from opt_core import OPTConfig
 from opt_core.errors import InputError
 from opt_core.optimization import TrainingRecipe
 from opt_core.reference import IGNORED_LABEL
-from opt_tf import TFOPTForCausalLM
+from opt_tf import TFOPTForCausalLM, TFOPTForQuestionAnswering, TFOPTForSequenceClassification
 from opt_tf.optimization import AdamW, make_optimizer
 from opt_tf.training import Trainer
 
@@ -84,6 +84,35 @@ def stepped_in_parts(run: Run) -> dict[str, np.ndarray]:
     first.save(run.folder / "run")
     again.restore(run.folder / "run")
     return {"losses": [*numbers, again.step(batch_of())], **weights_of(again.model)}
+
+
+def other_heads(run: Run) -> dict[str, np.ndarray]:
+    """A classifier and one that answers questions, in the Trainer and in `fit`: labels are left out in the first rows.
+
+    Some starts and ends are at padding, so that they count unequally often.
+    """
+    found, ids, mask = {}, token_ids(CONFIG), mask_named("right")
+    for model_class, labels in (
+        (TFOPTForSequenceClassification, dict(labels=np.array([IGNORED_LABEL, 1, 2, 0]))),
+        (
+            TFOPTForQuestionAnswering,
+            dict(start_positions=np.array([11, 14, 0, 2]), end_positions=np.array([11, 3, 0, 9])),
+        ),
+    ):
+        for way in ("stepped", "fitted"):
+            keras.utils.set_random_seed(0)  # of the head, which the checkpoint has not
+            with run.scope():
+                model = model_class.from_pretrained(run.folder / "model", num_labels=3)
+            batch = dict(input_ids=ids, attention_mask=mask) | labels
+            if way == "stepped":
+                trainer = Trainer(model, RECIPE)
+                numbers = [(trainer.step(batch), trainer.gradient_norm) for _ in range(2)], trainer.evaluate(batch)
+                found[f"{model.task} losses, norms, an evaluation"] = np.hstack([np.ravel(x) for x in numbers])
+            else:
+                model.compile(make_optimizer(model, RECIPE), jit_compile=False)
+                found[f"{model.task} losses of fit"] = run.fit(model, batch, epochs=2)
+            found |= {f"{model.task} {way} {name}": x for name, x in weights_of(model).items()}
+    return found
 
 
 def other_losses(run: Run) -> dict[str, np.ndarray]:
@@ -171,7 +200,13 @@ def refusals(run: Run) -> dict[str, str]:
     return found
 
 
-ALIKE = {"fit": fitted, "trainer": stepped, "trainer in parts": stepped_in_parts, "other losses": other_losses}
+ALIKE = {
+    "fit": fitted,
+    "trainer": stepped,
+    "trainer in parts": stepped_in_parts,
+    "other heads": other_heads,
+    "other losses": other_losses,
+}
 CASES = ALIKE | {"callbacks": callbacks, "replicas": outputs_in_training, "refused": refusals}
 
 if __name__ == "__main__":
