@@ -58,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
     _check_target(opened, target, args.overwrite)
     write = _write_saved_model if args.to == SAVED_MODEL else _write
     written, notes = write(source, opened, target, args)
+    if args.overwrite:
+        _delete_older_side_files(target, {path.name for path in written})
     _print_written(display_name(source), target, written, notes, as_json=args.json)
     return 0
 
@@ -161,6 +163,15 @@ def copy_side_files(folder: Path, target: Path, *, with_tokenizer: bool) -> list
         names = {name: name for name in (*FILES, *SIDE_FILES)}
     found = {name: copy for name, copy in names.items() if (folder / name).is_file()}
     return [Path(shutil.copyfile(folder / name, target / copy)) for name, copy in found.items()]
+
+
+def _delete_older_side_files(target: Path, kept: set[str]) -> None:
+    """What a replaced checkpoint had beside it, where the new one would be read with it: `tokenizer.json` wins."""
+    from opt_core.tokenizer_files import FILES, TOKENIZER, VOCAB
+
+    names = {*SIDE_FILES, *(FILES if kept & {TOKENIZER, VOCAB} else ())}
+    for name in names - kept:
+        (target / name).unlink(missing_ok=True)
 
 
 def _print_written(source: str, target: Path, written: list[Path], notes: list[str], *, as_json: bool) -> None:

@@ -10,6 +10,7 @@ from harness import config_of, save_random
 from rich.console import Console
 
 from conversion import open_checkpoint, write_checkpoint
+from opt_core import OPTTokenizer
 from opt_zoo.backends import BACKENDS
 from opt_zoo.console import byte_progress
 
@@ -72,6 +73,20 @@ def test_tokenizer_and_generation_config_come_along(opt_zoo, checkpoint_with_tok
     source = {path.name for path in checkpoint_with_tokenizer.iterdir()} | {"opt_manifest.json"}
     assert {path.name for path in (tmp_path / "target").iterdir()} == source >= {"vocab.json", "merges.txt"}
     assert {file["name"] for file in json.loads(out)["files"]} == source
+
+
+@pytest.mark.parametrize("older", ["keras-hub", "safetensors"])
+def test_the_tokenizer_of_a_replaced_checkpoint_does_not_stay_beside_the_new_one(
+    opt_zoo, checkpoint_with_tokenizer, tmp_path, older
+):
+    target, source = tmp_path / "target", checkpoint_with_tokenizer
+    assert opt_zoo("convert", "opt-tiny", target, "--to", older)[0] == 0
+    (target / "generation_config.json").write_text('{"do_sample": true}')
+    (source / "tokenizer.json").unlink()  # the hub's folders have none
+    assert opt_zoo("convert", source, target, "--overwrite")[0] == 0
+    new, want = (OPTTokenizer.from_pretrained(folder) for folder in (target, source))
+    assert new("abc")["input_ids"] == want("abc")["input_ids"]
+    assert not (target / "generation_config.json").exists()
 
 
 def test_a_target_that_holds_a_checkpoint_is_kept_unless_told(opt_zoo, checkpoint, tmp_path):
