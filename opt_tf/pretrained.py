@@ -24,7 +24,7 @@ from opt_tf.layers import Embedding, Linear
 from opt_tf.loading import LoadingMixin, name_of
 from opt_tf.lora import add_lora
 from opt_tf.losses import counted_targets, part_of_loss
-from opt_tf.replicas import replicas, seed_of_replica, share_loss, shares_of_replica
+from opt_tf.replicas import check_strategy, replicas, seed_of_replica, share_loss, shares_of_replica
 from opt_tf.sharding import Placement, call_on_mesh, check_on_no_mesh
 from opt_tf.surgery import SurgeryMixin, replace_layer
 
@@ -247,6 +247,7 @@ class TFOPTPreTrainedModel(SurgeryMixin, LoadingMixin, keras.Model):
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
         """Before Keras trains or evaluates: under a strategy it makes what metrics need, by the shapes of a batch."""
         check_on_no_mesh(self, "fit, evaluate")
+        check_strategy(self, "fit, evaluate")
         strategy = self.distribute_strategy
         if strategy.num_replicas_in_sync == 1:
             return super()._maybe_symbolic_build(iterator, data_batch)

@@ -8,6 +8,24 @@ what is here, a step is that of one device with all rows. Strategies of one proc
 import tensorflow as tf
 from tensorflow import Tensor
 
+from opt_core.errors import InputError
+
+_OF_SEVERAL_PROCESSES = (
+    tf.distribute.MultiWorkerMirroredStrategy,
+    tf.distribute.experimental.MultiWorkerMirroredStrategy,
+    tf.distribute.experimental.ParameterServerStrategy,
+)
+
+
+def check_strategy(model, what: str) -> None:
+    """Raises an InputError for a model that was made in the scope of a strategy of several processes.
+
+    Keras 3.15 fails in their metrics, and every process would write the same files.
+    """
+    if isinstance(model.distribute_strategy, _OF_SEVERAL_PROCESSES):
+        text = "strategy: expected one of a single process, such as MirroredStrategy, got one of several"
+        raise InputError(what, [f"{text} (MultiWorkerMirroredStrategy, ParameterServerStrategy)"])
+
 
 def replicas() -> int:
     """How many there are where this runs; 1 outside of what a strategy runs."""

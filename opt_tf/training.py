@@ -25,7 +25,7 @@ from opt_tf.layers import has_gpu
 from opt_tf.loading import to_numpy
 from opt_tf.lora import load_adapter, save_adapter
 from opt_tf.optimization import clipping_factor, gradient_norm, make_optimizer, name_of
-from opt_tf.replicas import sum_over_replicas
+from opt_tf.replicas import check_strategy, sum_over_replicas
 from opt_tf.sharding import check_on_no_mesh
 
 
@@ -43,6 +43,7 @@ class Trainer:
         self.model, self.recipe = model, recipe or TrainingRecipe()
         self.seed, self.accumulate = seed, accumulate
         check_on_no_mesh(model, "Trainer")
+        check_strategy(model, "Trainer")
         self.optimizer = make_optimizer(model, self.recipe)
         self.variables = list(model.trainable_variables)
         self.strategy = model.distribute_strategy

@@ -74,6 +74,8 @@ def test_every_replica_drops_other_values_at_every_call(found):
 @pytest.mark.parametrize(
     ("case", "words"),
     [
+        ("of_workers", "Trainer: strategy: expected one of a single process, such as MirroredStrategy"),
+        ("of_fitted_workers", "fit, evaluate: strategy: expected one of a single process"),
         ("of_outside", "expected one made in the scope of the strategy"),
         ("of_plain", "expected one made in the scope of the strategy"),
         ("of_accumulation", "gradient_accumulation_steps: expected None"),

@@ -191,8 +191,17 @@ def refusals(run: Run) -> dict[str, str]:
     def of_rows():
         Trainer(run.model(), RECIPE).step({name: x[:3] for name, x in batch_of().items()})
 
+    def of_workers():
+        with tf.distribute.MultiWorkerMirroredStrategy().scope():
+            model = TFOPTForCausalLM.from_pretrained(run.folder / "model")
+        Trainer(model, RECIPE)
+
+    def of_fitted_workers():
+        strategy = tf.distribute.MultiWorkerMirroredStrategy()
+        Run(run.folder, strategy).fit(Run(run.folder, strategy).compiled())
+
     found = {}
-    for case in (of_outside, of_plain, of_accumulation, of_xla, of_rows):
+    for case in (of_workers, of_fitted_workers, of_outside, of_plain, of_accumulation, of_xla, of_rows):
         try:
             case()
         except InputError as error:
