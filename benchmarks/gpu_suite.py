@@ -43,6 +43,7 @@ def blake3(data=b"", **options):
 ON_GPU = {"JAX_PLATFORMS": "cuda,cpu", "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_FORCE_GPU_ALLOW_GROWTH": "true"}
 ON_CPU = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "-1"}
 WITHOUT_TF32 = {"NVIDIA_TF32_OVERRIDE": "0", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+QUICK_TO_COMPILE = "--xla_gpu_autotune_level=0"  # XLA would time several kernels for each product of each test
 MARGIN_SECONDS = 8  # between the end of a benchmark's budget and that of its process
 LEAST_SECONDS = 5  # below it a part is not begun
 TEST_SECONDS = 60  # for one test, compilation with it
@@ -154,6 +155,7 @@ def write_stand_in(folder: Path) -> Path:
 def parts_of_tests(options, versions: dict[str, str], where: dict[str, str], folder: Path) -> Iterable[Part]:
     """A part for each file that has tests with the marker."""
     files = gpu_test_files() if not options.quick else {backend: [quick_test(backend)] for backend in FRAMEWORKS}
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_TO_COMPILE}".strip()
     for group, paths in files.items():
         lacks = missing((*NEEDED_BY_TESTS, *FRAMEWORKS.get(group, ())), versions)
         for path in paths:
@@ -162,7 +164,7 @@ def parts_of_tests(options, versions: dict[str, str], where: dict[str, str], fol
             command += [f"--timeout={TEST_SECONDS}", "--backends", group if group in FRAMEWORKS else "torch"]
             command += ["-m", "gpu" if options.device == "cuda" else "not gpu and not slow and not hub"]
             command += [f"--junitxml={folder / name.replace(' ', '-')}.xml"]
-            yield Part(name, command, 0.3, {**where, **WITHOUT_TF32}, "tests", lacks)
+            yield Part(name, command, 0.4, {**where, **WITHOUT_TF32, "XLA_FLAGS": flags}, "tests", lacks)
 
 
 def gpu_test_files() -> dict[str, list[str]]:
@@ -248,11 +250,11 @@ def row(part: Part, status: str, reason: str = "", **more: Any) -> dict[str, Any
 
 def judge_tests(part: Part, folder: Path, code: int | None) -> dict[str, Any]:
     """By pytest's exit code and its counts; where every test was skipped, none has passed."""
-    if code is None:
-        return judge_stopped_tests(part, folder)
     file = folder / f"{part.name.replace(' ', '-')}.xml"
+    if code is None:
+        return judge_stopped_tests(part, folder, "stopped at the end of its time")
     if not file.exists():
-        return row(part, "failed", f"pytest ended with {code}: {last_line(folder, part)}")
+        return judge_stopped_tests(part, folder, f"pytest ended with {code}")
     suite = next(ElementTree.parse(file).iter("testsuite"))
     counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
     counts["passed"] = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
@@ -267,15 +269,15 @@ def judge_tests(part: Part, folder: Path, code: int | None) -> dict[str, Any]:
     return row(part, "failed" if code else "not run", reason, counts=counts, failed=names)
 
 
-def judge_stopped_tests(part: Part, folder: Path) -> dict[str, Any]:
-    """By what pytest had printed: of the tests that ended the outcome, and the one that did not."""
+def judge_stopped_tests(part: Part, folder: Path, reason: str) -> dict[str, Any]:
+    """Of a process that hung or crashed, by what pytest had printed."""
     lines = (folder / f"{part.name.replace(' ', '-')}.log").read_text(errors="replace").splitlines()
     found = [match for line in lines if (match := OUTCOME.match(line.rstrip()))]
     outcomes = Counter(match["outcome"] for match in found)
     unfinished = [match["test"] for match in found if match["outcome"] is None][-1:]
     counts = {"tests": len(found), "failures": outcomes["FAILED"], "errors": outcomes["ERROR"]}
     counts |= {"skipped": outcomes["SKIPPED"], "passed": outcomes["PASSED"]}
-    reason = "stopped at the end of its time" + "".join(f", in {test}" for test in unfinished)
+    reason += f", in {unfinished[0]}" if unfinished else f": {last_line(folder, part)}"
     failed = [match["test"] for match in found if match["outcome"] in ("FAILED", "ERROR")]
     return row(part, "failed", reason, counts=counts, failed=failed)
 

@@ -106,20 +106,20 @@ def test_the_deadline_stops_a_part_and_all_that_it_started(tmp_path, monkeypatch
     assert run_part(part("-c", code), tmp_path, start)["reason"] == "no time was left"
 
 
-def test_tests_that_were_stopped_keep_their_outcomes_and_name_the_one_that_hung(tmp_path):
-    file = tmp_path / "test_hanging.py"
+def test_a_crash_leaves_the_outcomes_before_it_and_names_its_test(tmp_path):
+    """A hang does, too: as far as pytest had come, it has said so."""
+    file = tmp_path / "test_crashing.py"
     file.write_text(
-        "import pytest, time\n"
+        "import os, pytest\n"
         "@pytest.mark.parametrize('x', [1, 2, 3], ids='one document,2,3'.split(','))\n"
-        "def test_it(x):\n    assert x != 2\n    time.sleep(0 if x < 3 else 60)\n"
+        "def test_it(x):\n    assert x != 2\n    x < 3 or os._exit(9)\n"
     )
-    part = Part(
-        "tests torch", [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", str(file)], 1, {}, "tests"
-    )
-    result = run_part(part, tmp_path, time.monotonic() + 8)
+    result = run_part(part("-m", "pytest", "-v", "-p", "no:cacheprovider", str(file)), tmp_path, time.monotonic() + 60)
     assert (result["counts"]["passed"], result["counts"]["failures"]) == (1, 1)
-    assert result["reason"].endswith("test_hanging.py::test_it[3]")
+    assert result["reason"].startswith("pytest ended with 9, in ")
+    assert result["reason"].endswith("test_crashing.py::test_it[3]")
     assert [name.rpartition("::")[2] for name in result["failed"]] == ["test_it[2]"]
+    assert "stopped at the end" in judge_tests(part(), tmp_path, None)["reason"]
 
 
 def test_a_benchmark_that_was_stopped_keeps_its_cells(tmp_path):

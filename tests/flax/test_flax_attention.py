@@ -201,7 +201,7 @@ def test_documents_in_a_row_equal_the_truth(T):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("H", OPT_HEADS)
-@pytest.mark.parametrize("T", [2, 131, 512, 1031])
+@pytest.mark.parametrize("T", [2, 131, 1031])
 def test_cudnn_equals_the_truth(T, H, dtype):
     inputs = attention_inputs(dtype, 2, 3, T, H)
     got = attended(functools.partial(causal_attention, attn_implementation="cudnn"), *inputs)

@@ -69,7 +69,7 @@ def test_tokens_attend_among_themselves(kernel, H, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("H", [64, 80, 128])
-@pytest.mark.parametrize("T", [1, 131, 512, 1031])
+@pytest.mark.parametrize("T", [131, 1031])
 def test_tokens_attend_among_themselves_on_a_gpu(T, H, dtype):
     check(pallas_attention, dtype, attention_inputs(dtype, B, N, T, H))
 
