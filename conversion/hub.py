@@ -42,6 +42,8 @@ def resolve(
     local = Path(source).expanduser()
     if local.exists():
         return local / subfolder if subfolder else local
+    if (index := local.with_name(f"{local.name}.index")).is_file():  # TensorFlow names a checkpoint by its prefix
+        return index
     if isinstance(source, os.PathLike) or not _HUB_ID.fullmatch(str(source)):
         raise CheckpointError(str(source), ["no such file or folder, and not a hub id (organisation/name)"])
     options = dict(

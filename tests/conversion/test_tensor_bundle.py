@@ -8,12 +8,13 @@ import os
 import struct
 import sys
 import time
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from conversion import crc32c
+from conversion import crc32c, resolve
 from conversion.safetensors_file import PlannedTensor
 from conversion.tf_checkpoint.bundle_entry import text_bytes
 from conversion.tf_checkpoint.protobuf_wire import Fixed32, fields, message, varint
@@ -81,6 +82,13 @@ def test_equal_tensors_give_equal_files_and_the_state_file_names_the_prefix(tmp_
     assert names == ["checkpoint", "ckpt-1.data-00000-of-00001", "ckpt-1.index"]
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
     assert 'model_checkpoint_path: "ckpt-1"' in (tmp_path / "a" / "checkpoint").read_text()
+
+
+def test_the_prefix_that_tensorflow_calls_a_checkpoint_is_found(tmp_path, monkeypatch):
+    write_folder(tmp_path, [], lambda file, tensor: None)
+    monkeypatch.chdir(tmp_path.parent)
+    assert resolve(tmp_path / "ckpt-1") == tmp_path / "ckpt-1.index"
+    assert resolve(f"{tmp_path.name}/ckpt-1") == Path(tmp_path.name) / "ckpt-1.index"  # and no id of the hub
 
 
 def test_the_latest_of_several_checkpoints_is_the_one_that_the_state_file_names(tmp_path):
