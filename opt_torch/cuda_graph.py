@@ -22,7 +22,7 @@ class RecordedStep:
     """`decode_step` of a model, for one batch size and capacity; what it returns holds until it is called again."""
 
     def __init__(self, model, like: Cache):
-        self.model = weakref.proxy(model)
+        self.model, self.records = weakref.proxy(model), can_be_recorded(model)
         dtype = like.keys[0].dtype if like.keys else model.dtype
         self.cache = init_cache(model.config, like.batch_size, like.capacity, dtype=dtype, device=model.device)
         self.token_B = torch.zeros_like(self.cache.lengths)
@@ -38,7 +38,7 @@ class RecordedStep:
         self.token_B.copy_(token_B)
         if self.replay is None:
             self.replay = self.step
-            if can_be_recorded(self.model):
+            if self.records:
                 self.replay = record_graph(self.step, self.token_B.device)
         logits_BV = self.replay()
         self.cache.lengths.add_(1)

@@ -131,6 +131,13 @@ def test_what_a_replay_would_leave_out_is_not_recorded(recordings, monkeypatch, 
     assert recordings == []
 
 
+def test_a_model_of_a_class_of_ones_own_is_recorded(recordings, monkeypatch):
+    model = model_on("cpu")
+    model.__class__ = type("Mine", (type(model),), {"__module__": "mine"})
+    both_ways(model, monkeypatch, token_ids(model.config), None, 7, eos_token_id=())
+    assert len(recordings) == 1
+
+
 def test_a_step_is_recorded_on_the_device_of_its_model(monkeypatch):
     """Not on the current one: its graph would be empty."""
     current, seen = ["cuda:0"], []
