@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeGuard
 
 from opt_core.errors import ConfigError, raise_if
 from opt_core.json_file import read_json_object
+from opt_core.keywords import OnlyItsFields
 from opt_core.presets import PRESETS
 from opt_core.small_files import find_file, write_whole
 
@@ -60,7 +61,7 @@ _KNOWN_AND_INERT = frozenset(
 
 
 @dataclass
-class OPTConfig:
+class OPTConfig(OnlyItsFields):
     """Sizes and switches of one OPT model.
 
     `word_embed_proj_dim=None` means `hidden_size`. `activation_function` is one of `ACTIVATIONS` or a callable on
@@ -71,6 +72,7 @@ class OPTConfig:
     Raises:
         ConfigError: lists every field that is out of range or inconsistent.
         TypeError: an unknown keyword.
+        AttributeError: something is set that is no field; `extra` takes what is the user's own.
     """
 
     vocab_size: int = 50272

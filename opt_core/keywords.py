@@ -4,6 +4,7 @@ Arguments of the published classes (Hugging Face transformers 4.57.6, the three 
 taken where their value asks for what happens anyway. Any other value is refused, with what to write instead.
 """
 
+import dataclasses
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -118,3 +119,14 @@ def only_one(title: str, **given) -> Any:
 
 def _short(value) -> str:
     return repr(value) if isinstance(value, bool | int | str) and len(str(value)) < 60 else type(value).__name__
+
+
+@dataclasses.dataclass
+class OnlyItsFields:
+    """A dataclass that takes no other attribute than its fields: nobody would obey a misspelt one."""
+
+    def __setattr__(self, name: str, value) -> None:
+        if name not in (fields := [field.name for field in dataclasses.fields(self)]):
+            problem = unknown_keyword(name, fields).replace("keyword", "field")
+            raise AttributeError(f"{type(self).__name__}.{problem}")
+        super().__setattr__(name, value)

@@ -1,5 +1,6 @@
 """OPTConfig: published arguments and defaults, validation that lists everything, JSON that loses nothing."""
 
+import copy
 import dataclasses
 import inspect
 import json
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from opt_core.config import ACTIVATIONS, DTYPES, PROBLEM_TYPES, OPTConfig
 from opt_core.errors import ConfigError
+from opt_core.generation_config import GenerationConfig
 from opt_core.json_file import MAX_JSON_BYTES, read_json_object
 from opt_core.presets import PRESETS
 
@@ -268,6 +270,15 @@ def test_a_field_set_after_construction_is_checked_when_asked():
     config.dropout = 3
     with pytest.raises(ConfigError, match=r"OPTConfig: dropout: expected a probability from 0 to 1, got 3"):
         config.check()
+
+
+@pytest.mark.parametrize("kind", [OPTConfig, GenerationConfig])
+def test_what_is_no_field_cannot_be_set(kind):
+    config = kind()
+    config.pad_token_id = 3
+    with pytest.raises(AttributeError, match=f"{kind.__name__}.pad_tokn_id: unknown field; did you mean pad_token_id"):
+        config.pad_tokn_id = 4
+    assert copy.deepcopy(config) == config
 
 
 def test_a_config_survives_pickling():
