@@ -267,6 +267,29 @@ def check_labels(name: str, labels: Known, shape: Sequence[int | None], classes:
     raise_if(InputError, "invalid arguments", problems)
 
 
+def check_label_values(config: OPTConfig, task: str, given: Mapping[str, Known]) -> None:
+    """The labels of a batch, before a compiled function that cannot see them; their shapes it checks itself."""
+    classes = {"causal-lm": config.vocab_size, "sequence-classification": config.num_labels}.get(task, 2**63 - 1)
+    for name in ("labels", "start_positions", "end_positions"):
+        if (labels := given.get(name)) is None:
+            continue
+        if task != "sequence-classification" or config.problem_type_of(labels.dtype) == "single_label_classification":
+            check_labels(name, labels, labels.shape, classes)
+
+
+def check_has_loss(out) -> None:
+    """Raises an InputError for the outputs of a call that had no labels."""
+    if getattr(out, "loss", None) is None:
+        names = "start_positions, end_positions" if hasattr(out, "start_logits") else "labels"
+        raise InputError("batch", [f"{names}: missing, of which the loss is made"])
+
+
+def check_accumulate(accumulate: int) -> None:
+    """Raises an InputError unless a batch can be cut into so many parts."""
+    if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
+        raise InputError("Trainer", [f"accumulate: expected an integer of at least 1, got {accumulate!r}"])
+
+
 def check_config(config) -> None:
     """Raises unless `config` is an `OPTConfig` with nothing wrong in it."""
     if isinstance(config, OPTConfig):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from opt_core.checks import check_has_loss
 from opt_core.config import OPTConfig
 from opt_core.reference import IGNORED_LABEL
 from opt_flax.inputs import as_index
@@ -105,7 +106,12 @@ def counted_targets(batch: Mapping[str, Array], task: str, config: OPTConfig) ->
 
 
 def part_of_loss(out, part: Mapping[str, Array], shares: Sequence[float | Array]) -> Array:
-    """What a part adds to the loss of the whole batch, by its outputs and its shares of `counted_targets`."""
+    """What a part adds to the loss of the whole batch, by its outputs and its shares of `counted_targets`.
+
+    Raises:
+        InputError: there were no labels.
+    """
+    check_has_loss(out)
     if len(shares) == 1:
         return out.loss * shares[0]
     positions = (_positions(part, name) for name in POSITIONS)

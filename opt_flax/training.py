@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding
 
 from conversion.slices import read_part
 from conversion.training_state import read_training_state, write_training_state
-from opt_core.checks import check_labels
+from opt_core.checks import check_accumulate, check_label_values
 from opt_core.errors import InputError, TrainingError
 from opt_core.freed_memory import give_back_freed_memory
 from opt_core.keywords import arguments_of
@@ -41,13 +41,14 @@ class Trainer:
     has to copy them before the next step. The first arrays are copied here.
 
     Args:
-        model: any of the four classes; with adapters (`opt_flax.lora`), these alone are trained.
+        model: any of the three classes with a loss; with adapters (`opt_flax.lora`), these alone are trained.
         seed: of dropout and LayerDrop, which depend on it and the number of the step alone: a run that was interrupted
             goes on as if it had not been.
         accumulate: parts in which a batch is computed, one after another, to save memory.
     """
 
     def __init__(self, model, recipe: TrainingRecipe | None = None, *, seed: int = 0, accumulate: int = 1):
+        check_accumulate(accumulate)
         self.model, self.recipe = model, recipe or TrainingRecipe()
         self.seed, self.accumulate = seed, accumulate
         nnx.update(model, jax.tree.map(jnp.copy, nnx.state(model, model.trainable)))
@@ -177,8 +178,7 @@ class Trainer:
         model = self.model
         model.check_inputs(**{name: x for name, x in batch.items() if name in arguments_of(model.check_inputs)})
         batch = {name: as_index(x) if name in _INDICES else as_tensor(x) for name, x in batch.items()}
-        if model.task == "causal-lm" and "labels" in batch:
-            check_labels("labels", known(batch["labels"]), batch["labels"].shape, model.config.vocab_size)
+        check_label_values(model.config, model.task, {name: known(x) for name, x in batch.items()})
         rows = {len(x) for x in batch.values()}
         if any(number % parts for number in rows):
             raise InputError("batch", [f"expected rows in {parts} equal parts (accumulate), got {max(rows)}"])
@@ -333,7 +333,7 @@ def _options(model) -> dict[str, int]:
 @functools.partial(jax.jit, static_argnames="graphdef")
 def _evaluate(graphdef, state, batch: dict[str, Array]) -> Array:
     model = nnx.merge(graphdef, state)
-    return model(**batch, use_cache=False, **_options(model)).loss
+    return losses.part_of_loss(model(**batch, use_cache=False, **_options(model)), batch, (1.0,))
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import tensorflow as tf
 from tensorflow import Tensor
 
+from opt_core.checks import check_has_loss
 from opt_core.config import OPTConfig
 from opt_core.reference import IGNORED_LABEL
 from opt_tf.inputs import as_index
@@ -101,7 +102,12 @@ def counted_targets(batch: Mapping[str, Tensor], task: str, config: OPTConfig) -
 
 
 def part_of_loss(out, part: Mapping[str, Tensor], shares: Sequence[float | Tensor]) -> Tensor:
-    """What a part adds to the loss of the whole batch, by its outputs and its shares of `counted_targets`."""
+    """What a part adds to the loss of the whole batch, by its outputs and its shares of `counted_targets`.
+
+    Raises:
+        InputError: there were no labels.
+    """
+    check_has_loss(out)
     if len(shares) == 1:
         return out.loss * shares[0]
     positions = (_positions(part, name) for name in POSITIONS)

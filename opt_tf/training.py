@@ -14,7 +14,7 @@ import tensorflow as tf
 from tensorflow import Tensor
 
 from conversion.training_state import read_training_state, write_training_state
-from opt_core.checks import check_labels
+from opt_core.checks import check_accumulate, check_label_values
 from opt_core.errors import InputError, TrainingError
 from opt_core.freed_memory import give_back_freed_memory
 from opt_core.keywords import arguments_of
@@ -40,6 +40,7 @@ class Trainer:
     """
 
     def __init__(self, model, recipe: TrainingRecipe | None = None, *, seed: int = 0, accumulate: int = 1):
+        check_accumulate(accumulate)
         self.model, self.recipe = model, recipe or TrainingRecipe()
         self.seed, self.accumulate = seed, accumulate
         check_on_no_mesh(model, "Trainer")
@@ -136,9 +137,8 @@ class Trainer:
         model = self.model
         model.check_inputs(**{name: x for name, x in batch.items() if name in arguments_of(model.check_inputs)})
         batch = {name: as_tensor(x) for name, x in batch.items()}
-        labels, mask_BT = batch.get("labels"), batch.get("attention_mask")
-        if model.task == "causal-lm" and labels is not None:
-            check_labels("labels", known(labels), batch["labels"].shape, model.config.vocab_size)
+        check_label_values(model.config, model.task, {name: known(x) for name, x in batch.items()})
+        mask_BT = batch.get("attention_mask")
         if mask_BT is not None and tf.reduce_all(tf.cast(mask_BT, tf.bool)):
             del batch["attention_mask"]  # nothing to pack
         return batch

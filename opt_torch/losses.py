@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from opt_core.checks import check_has_loss
 from opt_core.config import OPTConfig
 from opt_core.reference import IGNORED_LABEL
 from opt_torch.inputs import as_index
@@ -98,7 +99,12 @@ def counted_targets(batch: Mapping[str, Tensor], task: str, config: OPTConfig) -
 
 
 def part_of_loss(out, part: Mapping[str, Tensor], shares: Sequence[float]) -> Tensor:
-    """What a part adds to the loss of the whole batch, by its outputs and its shares of `counted_targets`."""
+    """What a part adds to the loss of the whole batch, by its outputs and its shares of `counted_targets`.
+
+    Raises:
+        InputError: there were no labels.
+    """
+    check_has_loss(out)
     if len(shares) == 1:
         return out.loss * shares[0]
     positions = (_positions(part, name) for name in POSITIONS)

@@ -17,6 +17,7 @@ from torch.nn.utils import clip_grads_with_norm_
 from conversion.checkpoint import open_checkpoint
 from conversion.parameters import read_parameters
 from conversion.training_state import read_training_state, write_training_state
+from opt_core.checks import check_accumulate
 from opt_core.errors import InputError, TrainingError
 from opt_core.optimization import Moments, TrainingRecipe
 from opt_core.schema import shapes
@@ -40,6 +41,7 @@ class Trainer:
     """
 
     def __init__(self, model, recipe: TrainingRecipe | None = None, *, seed: int = 0, accumulate: int = 1):
+        check_accumulate(accumulate)
         self.model, self.recipe = model, recipe or TrainingRecipe()
         self.seed, self.accumulate = seed, accumulate
         self.optimizer, _ = make_optimizer(model, self.recipe)  # without the schedule: `step_count` is all it knows

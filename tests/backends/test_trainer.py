@@ -15,7 +15,7 @@ import pytest
 from harness import ROUNDOFF, config_of, mask_named, reference_of, save_random, token_ids
 
 from conversion.training_state import read_training_state
-from opt_core.errors import TrainingError
+from opt_core.errors import InputError, TrainingError
 from opt_core.lora import LoraConfig, new_adapter
 from opt_core.optimization import Moments, TrainingRecipe, adamw_step
 from opt_core.reference import IGNORED_LABEL, causal_lm_loss, classification_loss, question_answering_loss
@@ -156,6 +156,30 @@ def loss_of_answers(reference, input_ids, attention_mask, start_positions, end_p
 
 
 LOSSES = {"sequence-classification": loss_of_classes, "question-answering": loss_of_answers}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_is_wrong_with_labels_is_said_before_the_step(backend, accumulate):
+    config = config_of(num_hidden_layers=1, num_labels=3)
+    ids, starts = token_ids(config), np.array([0, 1, -5, 2])
+    for task, labels, problem in (
+        ("causal-lm", {}, "labels: missing"),
+        ("causal-lm", dict(labels=ids + 97), "labels: expected 0 to 96, or -100 to ignore, got"),
+        ("sequence-classification", dict(labels=np.array([0, 1, 2, 3])), "labels: expected 0 to 2, .* got 3"),
+        ("question-answering", {}, "start_positions, end_positions: missing"),
+        ("question-answering", dict(start_positions=starts, end_positions=starts), "start_positions: .* got -5"),
+    ):
+        trainer = trainer_of(backend, config, accumulate=accumulate, task=task)
+        for call in (trainer.step, trainer.evaluate):
+            with pytest.raises(InputError, match=problem):
+                call(dict(input_ids=ids, **labels))
+        assert trainer.step_count == 0
+
+
+@pytest.mark.parametrize("accumulate", [0, -1, 1.5, True])
+def test_a_batch_is_cut_into_one_part_at_least(backend, accumulate):
+    with pytest.raises(InputError, match=r"accumulate: expected an integer of at least 1"):
+        training_of(backend).Trainer(None, accumulate=accumulate)
 
 
 def test_a_loss_that_is_not_finite_stops_the_step_and_changes_nothing(backend):
