@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from opt_core.config import OPTConfig
 from opt_core.errors import ConfigError, raise_if
 from opt_core.json_file import read_json_object
+from opt_core.keywords import OnlyItsFields
 from opt_core.small_files import find_file, write_whole
 
 GENERATION_CONFIG_NAME = "generation_config.json"
@@ -36,8 +38,11 @@ OFF: dict[str, Any] = {
 }
 
 
+_ROLE_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
 @dataclass
-class GenerationConfig:
+class GenerationConfig(OnlyItsFields):
     """Options of `generate`; those that a call does not give are taken from here.
 
     `max_length` counts the prompt's columns; its default stands for 20 new tokens, as published. `sequence_bias` is a
@@ -47,6 +52,7 @@ class GenerationConfig:
     Raises:
         ConfigError: lists every field with a value that it cannot have.
         TypeError: an unknown keyword.
+        AttributeError: something is set that is no field.
     """
 
     max_length: int | None = 20
@@ -169,6 +175,16 @@ class GenerationConfig:
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n"
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_whole(Path(folder) / GENERATION_CONFIG_NAME, text)
+
+    def save_beside(self, config: OPTConfig, folder: str | Path) -> None:
+        """Writes `generation_config.json` for the model of `config`, with its token ids where these options name none.
+
+        transformers looks for ids in this file alone where it is there (4.57.6), and would not end a text without.
+        Where no option has another value than the published one there is no file, unless it replaces one.
+        """
+        if self != GenerationConfig() or (Path(folder) / GENERATION_CONFIG_NAME).exists():
+            ids = {name: getattr(config, name) for name in _ROLE_IDS if getattr(self, name) is None}
+            self.replace(**ids).save_pretrained(folder)
 
     # -- one call -----------------------------------------------------------------------------------------------------
 

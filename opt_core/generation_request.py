@@ -90,7 +90,7 @@ def plan_request(
         InputError: everything else, all at once (lengths once the prompt is right), before anything is computed.
     """
     call = Call(**{name: options.pop(name) for name in CALL_ARGUMENTS if name in options})
-    settings, problems = checked_settings(generation_config or GenerationConfig(), options)
+    settings, problems = checked_settings(_checked(generation_config), options)
     strategy = strategy_of(settings, assisted=call.assistant_config is not None)
     problems += call_problems(config, settings, strategy, options, call)
     plan = _plan(config, input_ids, attention_mask, settings, strategy, options, problems)
@@ -103,6 +103,14 @@ def plan_request(
     is_plain = strategy == GREEDY and not (rules or call.streamer or call.criteria or settings.stop_texts)
     is_plain = is_plain and settings.max_time is None and not settings.return_dict_in_generate
     return GenerationRequest(plan, settings, strategy, rules, stopping, _seeds(call), call.streamer, is_plain)
+
+
+def _checked(generation_config: GenerationConfig | None) -> GenerationConfig:
+    if not isinstance(generation_config, GenerationConfig | None):
+        got = f"{type(generation_config).__module__}.{type(generation_config).__name__}".removeprefix("builtins.")
+        problem = f"expected an opt_core.GenerationConfig, got {got}; options may be given to the call, too"
+        raise InputError("generate", [f"generation_config: {problem}"])
+    return generation_config or GenerationConfig()
 
 
 def _plan(

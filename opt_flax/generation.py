@@ -40,19 +40,16 @@ class _Aside:
         return hash(_Aside)
 
 
-_NO_OPTIONS = _Aside(None)
-
-
 class GenerationMixin:
     """`generate` for a model with a decoder and a head."""
 
     @property
-    def generation_config(self) -> GenerationConfig | None:
+    def generation_config(self) -> GenerationConfig:
         """That of the checkpoint, or what it was set to."""
-        return getattr(self, "options", _NO_OPTIONS).value
+        return self.options.value
 
     @generation_config.setter
-    def generation_config(self, value: GenerationConfig | None) -> None:
+    def generation_config(self, value: GenerationConfig) -> None:
         self.options = _Aside(value)
 
     def generate(

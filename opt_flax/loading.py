@@ -155,8 +155,8 @@ class LoadingMixin:
                 overwrite=overwrite,
                 allow_nonfinite=allow_nonfinite,
             )
-            if getattr(self, "generation_config", None) is not None:
-                self.generation_config.save_pretrained(folder)
+            if (options := getattr(self, "generation_config", None)) is not None:
+                options.save_beside(self.config, folder)
 
         write_from_first(self.placement, parameters, write)
 

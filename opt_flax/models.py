@@ -8,6 +8,7 @@ from jax import Array
 from opt_core.checks import check_labels
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
+from opt_core.generation_config import GenerationConfig
 from opt_core.outputs import BaseModelOutput, CausalLMOutput, QuestionAnsweringOutput, SequenceClassifierOutput
 from opt_flax import losses
 from opt_flax.cache import Cache
@@ -107,6 +108,7 @@ class FlaxOPTForCausalLM(GenerationMixin, FlaxOPTPreTrainedModel):
         start = dict(bias=False, init_std=config.init_std, rngs=rngs, dtype=dtype)
         tied = config.tie_word_embeddings  # then the word embeddings are the head
         self.lm_head = None if tied else Linear(config.word_embed_proj_dim, config.vocab_size, **start)
+        self.generation_config = GenerationConfig()
 
     def get_output_embeddings(self) -> Linear | Embedding:
         return self.get_input_embeddings() if self.lm_head is None else self.lm_head

@@ -142,8 +142,8 @@ class LoadingMixin:
             overwrite=overwrite,
             allow_nonfinite=allow_nonfinite,
         )
-        if getattr(self, "generation_config", None) is not None:
-            self.generation_config.save_pretrained(folder)
+        if (options := getattr(self, "generation_config", None)) is not None:
+            options.save_beside(self.config, folder)
 
     def push_to_hub(self, repo_id: str, *, max_shard_size: int | str = "5GB", **options) -> str:
         """Saves to a temporary folder and uploads it; `options` as in `conversion.push_folder`. Returns the address."""

@@ -7,6 +7,7 @@ from tensorflow import Tensor
 from opt_core.checks import check_labels
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
+from opt_core.generation_config import GenerationConfig
 from opt_core.outputs import BaseModelOutput, CausalLMOutput, QuestionAnsweringOutput, SequenceClassifierOutput
 from opt_tf import losses
 from opt_tf.cache import Cache
@@ -92,6 +93,7 @@ class TFOPTForCausalLM(GenerationMixin, TFOPTPreTrainedModel):
             shape = dict(bias=False, init_std=config.init_std, dtype=self.dtype_policy)
             self.lm_head = Linear(config.word_embed_proj_dim, config.vocab_size, **shape)
         self.name_weights()
+        self.generation_config = GenerationConfig()
 
     def get_output_embeddings(self) -> Linear | Embedding:
         return self.get_input_embeddings() if self.lm_head is None else self.lm_head

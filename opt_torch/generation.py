@@ -26,7 +26,7 @@ from opt_torch.stepping import ModelStepper
 class GenerationMixin:
     """`generate` for a model with a decoder and a head."""
 
-    generation_config: GenerationConfig | None = None  # of the checkpoint
+    generation_config: GenerationConfig  # that of the checkpoint, or what it was set to
 
     @torch.no_grad()
     def generate(

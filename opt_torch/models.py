@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from opt_core.checks import check_labels
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
+from opt_core.generation_config import GenerationConfig
 from opt_core.outputs import BaseModelOutput, CausalLMOutput, QuestionAnsweringOutput, SequenceClassifierOutput
 from opt_torch import losses
 from opt_torch.cache import Cache
@@ -83,6 +84,7 @@ class OPTForCausalLM(GenerationMixin, OPTPreTrainedModel):
         self.model = OPTModel(config, attn_implementation=attn_implementation)
         self.lm_head = Linear(config.word_embed_proj_dim, config.vocab_size, bias=False, init_std=config.init_std)
         self.tie_weights()
+        self.generation_config = GenerationConfig()
 
     def get_output_embeddings(self) -> Linear:
         return self.lm_head

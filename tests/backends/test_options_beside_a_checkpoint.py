@@ -48,6 +48,23 @@ def test_saving_keeps_them(backend, folder, tmp_path):
     assert OPTIONS.items() <= kept.items()
 
 
+def test_options_saved_for_transformers_name_the_ids_that_end_a_text(backend, tmp_path):
+    """transformers 4.57.6 asks config.json for none where generation_config.json is there."""
+    model = backend.random_model(config_of(eos_token_id=[2, 7]))
+    model.generation_config.num_beams = 3
+    model.save_pretrained(tmp_path)
+    published = pytest.importorskip("transformers").GenerationConfig.from_pretrained(tmp_path)
+    assert (published.num_beams, published.eos_token_id, published.pad_token_id) == (3, [2, 7], 1)
+
+
+def test_a_model_without_options_leaves_none_of_another_model_behind(backend, folder, tmp_path):
+    model = backend.random_model(config_of())
+    model.save_pretrained(tmp_path / "alone")
+    assert not (tmp_path / "alone" / "generation_config.json").exists()
+    model.save_pretrained(folder)
+    assert backend.model_class().from_pretrained(folder).generation_config.num_beams == 1
+
+
 def test_wrong_options_are_refused_when_the_model_is_loaded(backend, folder):
     (folder / "generation_config.json").write_text('{"num_beams": -1, "temperature": "hot"}')
     with pytest.raises(ConfigError) as raised:

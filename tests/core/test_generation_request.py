@@ -217,6 +217,13 @@ def test_one_processor_needs_no_list():
     assert asked(logits_processor=max).rules == asked(logits_processor=[max]).rules
 
 
+@pytest.mark.parametrize("options", [{"do_sample": True}, "greedy"])
+def test_options_of_another_kind_are_refused(options):
+    got = type(options).__name__
+    with pytest.raises(InputError, match=f"generation_config: expected an opt_core.GenerationConfig, got {got}; "):
+        asked(generation_config=options)
+
+
 def test_a_misspelt_option_is_told_what_it_may_have_meant():
     with pytest.raises(KeywordError, match="num_beam: unknown keyword; did you mean num_beams"):
         asked(num_beam=3)
