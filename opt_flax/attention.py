@@ -9,7 +9,6 @@ implementation does not compile for float16 on a CPU (jax 0.10 to 0.11), and tak
 
 import functools
 import re
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from opt_core.checks import check_choice
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
 from opt_flax import cache
-from opt_flax.blockwise import KEYS, QUERIES, blockwise_attention
+from opt_flax.blockwise import blockwise_attention
 from opt_flax.cudnn import HALF, cudnn_attention, cudnn_decode, cudnn_problems
 from opt_flax.layers import Dropout, Linear, contract
 from opt_flax.pallas_attention import pallas_attention, pallas_problems
@@ -119,10 +118,7 @@ def causal_attention(
     fused = functools.partial(pallas_attention, first_BT=first_BT) if kernel == "pallas" else cudnn_attention
     if attn_implementation != "sdpa":
         return fused(q_BNTH, k_BNTH, v_BNTH)
-    if kernel is None and q_BNTH.shape[2] <= KEYS:
-        unfused = functools.partial(_one_block, first_BT=first_BT)
-    else:
-        unfused = functools.partial(blockwise_attention, first_BT=first_BT)
+    unfused = functools.partial(blockwise_attention, first_BT=first_BT)
     return _by_platform(fused if kernel else None, unfused, q_BNTH, k_BNTH, v_BNTH)
 
 
@@ -168,25 +164,6 @@ def _eager(
     q_BNTH: Array, k_BNSH: Array, v_BNSH: Array, lengths_B: Array | None, first_BT: Array | None = None
 ) -> Array:
     return eager_attention(q_BNTH, k_BNSH, v_BNSH, lengths_B, None, first_BT)[0]
-
-
-@jax.custom_vjp
-def _one_block(q_BNTH: Array, k_BNTH: Array, v_BNTH: Array, first_BT: Array | None) -> Array:
-    """Attention among so few tokens that blocks save nothing, but for a gradient: weights are not kept for it."""
-    return _eager(q_BNTH, k_BNTH, v_BNTH, None, first_BT)
-
-
-def _one_block_forward(q_BNTH: Array, k_BNTH: Array, v_BNTH: Array, first_BT: Array | None):
-    T = q_BNTH.shape[2]
-    block = (T if T <= QUERIES else -(-T // 2), T)
-    return jax.vjp(lambda *qkv: blockwise_attention(*qkv, first_BT, block), q_BNTH, k_BNTH, v_BNTH)
-
-
-def _one_block_backward(backward: Callable, d_out_BNTH: Array) -> tuple[Array, Array, Array, None]:
-    return *backward(d_out_BNTH), None
-
-
-_one_block.defvjp(_one_block_forward, _one_block_backward)
 
 
 def attend_mask(T: int, S: int, lengths_B: Array | None, first_BT: Array | None = None) -> Array:

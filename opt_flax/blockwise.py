@@ -1,12 +1,13 @@
 """Causal attention in O(T) memory, JAX: the online softmax of Milakov and Gimelshein (arXiv:1805.02867), by blocks.
 
-The scores of one block of queries against one block of keys exist at a time, forward and backward; blocks in which no
-query sees a key are skipped. The backward pass recomputes the weights from the saved log-sum-exp, as in Dao et al.
-(arXiv:2205.14135, appendix B). Not a fused kernel: XLA runs separate products per block. Only reverse-mode derivatives;
-"eager" attention has the others.
+The scores of one block of queries against one block of keys exist at a time, forward and backward, on a CPU of one
+head; blocks in which no query sees a key are skipped. The backward pass recomputes the weights from the saved
+log-sum-exp, as in Dao et al. (arXiv:2205.14135, appendix B). Not a fused kernel: XLA runs separate products per block.
+Only reverse-mode derivatives; "eager" attention has the others.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,20 +15,23 @@ from jax import Array, lax
 
 from opt_flax.layers import at_least_float32, contract
 
-# Queries and keys that are held at a time: on two CPU cores 256 x 512 takes 0.8 of the time of 256 x 256 (jax 0.10,
-# 12 heads of 64, 2048 tokens), half as often adding up an output; 512 x 512 is no faster and holds twice as much.
-QUERIES, KEYS = 256, 512
+# Tokens of a block of queries and of one of keys, at most. On two CPU cores, one head at a time, 512 is faster than 256
+# and 1024 (jax 0.10, 12 heads of 64, 2048 tokens: 67 ms for 73 and 68 forward, 288 for 361 and 375 with the gradients).
+BLOCK = 512
+FEW = 128
 
 
 def blockwise_attention(
-    q_BNTH: Array, k_BNTH: Array, v_BNTH: Array, first_BT: Array | None = None, block: tuple[int, int] = (QUERIES, KEYS)
+    q_BNTH: Array, k_BNTH: Array, v_BNTH: Array, first_BT: Array | None = None, block: tuple[int, int] | None = None
 ) -> Array:
     """Attention of T tokens among themselves [B, N, T, H]; the query is scaled already.
 
     `first_BT`: the first token that each query sees, not decreasing along a row; without it, token 0. Queries and keys
-    are filled up to whole blocks with zeros, which no real query sees.
+    are filled up to whole blocks (of so many queries and keys each) with zeros, which no real query sees.
     """
     T = q_BNTH.shape[2]
+    if block is None:  # as many blocks as must be, of one size
+        block = (-(-T // -(-T // BLOCK)),) * 2
     queries, keys = ((0, -T % size) for size in block)
     q_BNTH = jnp.pad(q_BNTH, ((0, 0), (0, 0), queries, (0, 0)))
     k_BNSH, v_BNSH = (jnp.pad(x_BNTH, ((0, 0), (0, 0), keys, (0, 0))) for x_BNTH in (k_BNTH, v_BNTH))
@@ -43,6 +47,45 @@ def _attend(q_BNTH: Array, k_BNSH: Array, v_BNSH: Array, first_BT: Array | None,
 
 def _forward(q_BNTH: Array, k_BNSH: Array, v_BNSH: Array, first_BT: Array | None, block: tuple[int, int]):
     """The output, and what the backward pass needs: inputs, output, log-sum-exp of each query's scores."""
+    out_BNTH, log_sum_BNT = _by_heads(functools.partial(_forward_blocks, block), first_BT, q_BNTH, k_BNSH, v_BNSH)
+    return out_BNTH, (q_BNTH, k_BNSH, v_BNSH, first_BT, out_BNTH, log_sum_BNT)
+
+
+def _backward(block: tuple[int, int], saved: tuple, d_out_BNTH: Array) -> tuple[Array, Array, Array, None]:
+    q_BNTH, k_BNSH, v_BNSH, first_BT, out_BNTH, log_sum_BNT = saved
+    wide = at_least_float32(q_BNTH.dtype)
+    mean_BNT = (out_BNTH.astype(wide) * d_out_BNTH.astype(wide)).sum(-1)  # of d_weights under the weights
+    arrays = q_BNTH, k_BNSH, v_BNSH, d_out_BNTH, log_sum_BNT, mean_BNT
+    return *_by_heads(functools.partial(_backward_blocks, block), first_BT, *arrays), None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _by_heads(function: Callable, first_BT: Array | None, *arrays: Array) -> tuple[Array, ...]:
+    """`function` of all arrays [B, N, ...] at once; on a CPU of one head of one row after another.
+
+    A CPU multiplies no faster for being given several heads, and the scores of one alone stay in its caches.
+    """
+    B, N, T = arrays[0].shape[:3]
+    if T <= FEW:
+        return function(first_BT, *arrays)
+
+    def of_head(index: Array, first_BT: Array | None, *arrays: Array) -> tuple[Array, ...]:
+        b, n = index // N, index % N
+        return function(None if first_BT is None else first_BT[b][None], *(x[b, n][None, None] for x in arrays))
+
+    def each(*given) -> tuple[Array, ...]:
+        results = lax.map(lambda index: of_head(index, *given), jnp.arange(B * N))
+        return tuple(x.reshape(B, N, *x.shape[3:]) for x in results)
+
+    return lax.platform_dependent(first_BT, *arrays, cpu=each, default=function)
+
+
+def _forward_blocks(
+    block: tuple[int, int], first_BT: Array | None, q_BNTH: Array, k_BNSH: Array, v_BNSH: Array
+) -> tuple[Array, Array]:
+    """The output, and the log-sum-exp of each query's scores."""
     queries, keys = block
 
     def attend_block(i: Array) -> tuple[Array, Array]:
@@ -72,15 +115,16 @@ def _forward(q_BNTH: Array, k_BNSH: Array, v_BNSH: Array, first_BT: Array | None
 
     blocks = jnp.arange(q_BNTH.shape[2] // queries)
     out_BNTH, log_sum_BNT = map(_join, lax.map(attend_block, blocks))
-    return out_BNTH, (q_BNTH, k_BNSH, v_BNSH, first_BT, out_BNTH, log_sum_BNT)
+    return out_BNTH, log_sum_BNT
 
 
-def _backward(block: tuple[int, int], saved: tuple, d_out_BNTH: Array) -> tuple[Array, Array, Array, None]:
+def _backward_blocks(
+    block: tuple[int, int], first_BT: Array | None, q_BNTH: Array, k_BNSH: Array, v_BNSH: Array,
+    d_out_BNTH: Array, log_sum_BNT: Array, mean_BNT: Array,
+) -> tuple[Array, Array, Array]:  # fmt: skip
     """Each pair of blocks is visited once, by blocks of keys; the queries' derivatives are added up in place."""
-    q_BNTH, k_BNSH, v_BNSH, first_BT, out_BNTH, log_sum_BNT = saved
     queries, keys = block
     wide = at_least_float32(q_BNTH.dtype)
-    mean_BNT = (out_BNTH.astype(wide) * d_out_BNTH.astype(wide)).sum(-1)  # of d_weights under the weights
     blocks = q_BNTH.shape[2] // queries
 
     def visit_keys(d_q_BNTH: Array, j: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -113,10 +157,7 @@ def _backward(block: tuple[int, int], saved: tuple, d_out_BNTH: Array) -> tuple[
 
     start_BNTH = jnp.zeros(q_BNTH.shape, wide)
     d_q_BNTH, d_keys_values = lax.scan(visit_keys, start_BNTH, jnp.arange(k_BNSH.shape[2] // keys))
-    return d_q_BNTH.astype(q_BNTH.dtype), *map(_join, d_keys_values), None
-
-
-_attend.defvjp(_forward, _backward)
+    return d_q_BNTH.astype(q_BNTH.dtype), *map(_join, d_keys_values)
 
 
 def _mask(scores_BNTS: Array, first_BT: Array | None, i: Array, j: Array) -> Array:

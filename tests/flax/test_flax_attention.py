@@ -16,7 +16,7 @@ from opt_core import OPTConfig
 from opt_core.errors import InputError
 from opt_flax import FlaxOPTForCausalLM, attention
 from opt_flax.attention import KERNELS, cached_attention, causal_attention, eager_attention, fused_kernel
-from opt_flax.blockwise import KEYS
+from opt_flax.blockwise import BLOCK
 
 HALF = ("float16", "bfloat16")
 NAMES = r"__cudnn\$\w+|opt_(?:forward|d_queries|d_keys_values|decode)"
@@ -186,7 +186,7 @@ def test_dropout_of_weights_needs_the_eager_path(hopper):
         model(jnp.zeros((1, 5), jnp.int32))
 
 
-@pytest.mark.parametrize("T", [37, KEYS + 11], ids=lambda T: f"{T} tokens")
+@pytest.mark.parametrize("T", [37, BLOCK + 11], ids=lambda T: f"{T} tokens")
 def test_documents_in_a_row_equal_the_truth(T):
     """Both paths of a CPU: the plain formula, and blocks."""
     first_BT = np.sort(np.random.default_rng(3).integers(0, np.arange(T) + 1, (2, T)), axis=1)

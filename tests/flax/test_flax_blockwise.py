@@ -16,7 +16,7 @@ from attention_truth import (
 )
 
 from opt_flax.attention import causal_attention, eager_attention
-from opt_flax.blockwise import KEYS, blockwise_attention
+from opt_flax.blockwise import BLOCK, FEW, blockwise_attention
 
 H = 64
 
@@ -60,11 +60,19 @@ def test_blocks_change_neither_the_output_nor_the_gradients(T, block, dtype):
 
 
 def test_a_row_of_many_tokens_in_blocks_of_the_usual_size():
-    inputs = attention_inputs("float32", 1, 1, 2 * KEYS + 11, H, size=2.0)
+    inputs = attention_inputs("float32", 1, 1, 2 * BLOCK + 11, H, size=2.0)
     truth = attention_truth(*inputs[:3], d_out=inputs[3])
     got = attended(causal_attention, (), *inputs)
     shares = worst_share(got, truth, error_bound(*inputs[:3], "float32", d_out=inputs[3]))
     assert max(shares.values()) <= 1, shares
+
+
+def test_one_head_of_one_row_after_another_changes_neither_the_output_nor_the_gradients():
+    assert FEW < 137
+    first_BT = np.stack([np.repeat([0, 5, 90], [5, 85, 47]), np.repeat([0, 14, 136], [14, 122, 1])])
+    inputs = attention_inputs("float32", 2, 3, 137, H)
+    check("float32", (64, 48), inputs)
+    check("float32", (64, 48), inputs, first_BT)
 
 
 def test_documents_in_a_row_do_not_see_each_other():
@@ -104,7 +112,7 @@ def temporary_bytes(function, T: int, *, backward: bool) -> int:
 
 
 def test_memory_grows_with_the_length_and_not_with_its_square():
-    few, many = (temporary_bytes(causal_attention, T, backward=True) for T in (4 * KEYS, 8 * KEYS))
+    few, many = (temporary_bytes(causal_attention, T, backward=True) for T in (4 * BLOCK, 8 * BLOCK))
     assert many < 3 * few
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from opt_tf import blockwise
+from opt_tf import blockwise, rowwise
 from opt_tf.attention import causal_attention, eager_attention
 from opt_tf.blockwise import BLOCK, blockwise_attention
 from opt_tf.rowwise import ROWS, rowwise_attention
@@ -48,6 +48,18 @@ def test_blockwise_attention_equals_the_plain_one_with_its_gradients(way, T):
     got, want = (output_and_gradients(attend, queries_keys_values(T)) for attend in (WAYS[way], plain))
     for name, x, y in zip(("out", "d_q", "d_k", "d_v"), got, want, strict=True):
         np.testing.assert_allclose(x, y, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("spec", [None, tf.TensorSpec([None, N, 83, H], tf.float64)], ids=["static", "any batch"])
+def test_heads_one_after_another_equal_the_plain_attention_with_its_gradients(spec, monkeypatch):
+    monkeypatch.setattr(rowwise, "ROWS", 16)
+    monkeypatch.setattr(rowwise, "TOGETHER", 82)
+    attend = tf.function(rowwise_attention, autograph=False, input_signature=spec and [spec] * 3)
+    got, want = (output_and_gradients(attend, queries_keys_values(83)) for attend in (attend, plain))
+    for name, x, y in zip(("out", "d_q", "d_k", "d_v"), got, want, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-12, err_msg=name)
+    operations = attend.get_concrete_function(*queries_keys_values(83)).graph.get_operations()
+    assert any(op.type in ("While", "StatelessWhile") for op in operations)
 
 
 # Three documents in one row, one in the other; their borders lie within blocks, on their edges, and one after another.
