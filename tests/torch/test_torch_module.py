@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from harness import config_of, load_backend, mask_named, rounded_weights, token_ids, worst_row
+from harness import ROUNDOFF, config_of, load_backend, mask_named, rounded_weights, token_ids, worst_row
 
 from opt_core.schema import published_name
 
@@ -73,7 +73,8 @@ def test_a_call_compiles_into_one_graph(torch_backend, case):
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
         want = torch_backend.numpy(model(ids, **arguments).logits)
-        np.testing.assert_allclose(torch_backend.numpy(compiled(ids, **arguments).logits), want, atol=1e-6)
+        got = torch_backend.numpy(compiled(ids, **arguments).logits)
+    assert worst_row(got, want) <= 64 * ROUNDOFF["float32"]  # with a cache, products of another order
 
 
 def test_a_forward_pass_uses_the_fused_operator(torch_backend):
