@@ -3,17 +3,19 @@
     python benchmarks/tf_attention_parts.py
 
 Blocks of queries against all keys up to them, as opt_tf/rowwise.py does, but each part alone, on inputs that are there:
-both products, and the softmax between them; their sum is what such blocks, one after another, cannot go below. Then the
-whole of it for groups of heads side by side, each with smaller blocks and a chain of its own. The last line is one JSON
-document, in milliseconds.
+both products, and the softmax between them; their sum is what such blocks, one after another, cannot go below. Beside
+it the least that both products could take, by the rate of a large one. Then eager and "sdpa" attention in turn, in each
+way to run TensorFlow, with the peak of its allocator. The last line is one JSON document, in milliseconds and MB.
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -23,8 +25,7 @@ import tensorflow as tf
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from opt_tf.attention import eager_attention
-from opt_tf.rowwise import rowwise_attention
+from opt_tf.attention import causal_attention, eager_attention
 
 
 def main() -> None:
@@ -36,15 +37,13 @@ def main() -> None:
     options = parser.parse_args()
     shape = (1, options.heads, options.length, options.head_size)
     q, k, v = (tf.random.stateless_normal(shape, (seed, 0)) for seed in range(3))
-    plain = tf.function(lambda q, k, v: eager_attention(q, k, v, None)[0])
-    document = {"shape": shape, "tensorflow": tf.__version__, "eager": milliseconds(plain, options.runs, q, k, v)}
+    document = {"shape": shape, "tensorflow": tf.__version__, **ceiling(options)}
     document["blocks"] = {
         rows: parts(q, k, v, rows, options.runs) for rows in (128, 256, 512) if rows <= options.length
     }
-    document["groups of heads"] = {
-        groups: milliseconds(by_groups(groups), options.runs, q, k, v)
-        for groups in (1, 2, 4, 12)
-        if options.heads % groups == 0
+    document["ways"] = {
+        name: {what: in_pairs(way, call, q, k, v, options.runs) for what, call in CALLS.items()}
+        for name, way in WAYS.items()
     }
     print(json.dumps(document))
 
@@ -59,8 +58,8 @@ def parts(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, rows: int, runs: int) -> dic
         "softmax": lambda _, block: tf.nn.softmax(block),
         "weights by values": lambda stop, block: tf.matmul(block, v[:, :, :stop]),
     }
-    times = {name: milliseconds(in_turn(part, pairs), runs) for name, part in each.items()}
-    return {**times, "sum": round(sum(times.values()), 1)}
+    found = {name: milliseconds(in_turn(part, pairs), runs) for name, part in each.items()}
+    return {**found, "sum": round(sum(found.values()), 1)}
 
 
 def in_turn(part, pairs):
@@ -79,24 +78,67 @@ def in_turn(part, pairs):
     return lambda: run(*blocks)
 
 
-def by_groups(groups: int):
-    """opt_tf's attention for each group of heads apart; their graphs depend on nothing of one another."""
-
-    @tf.function
-    def run(q, k, v):
-        split = zip(*(tf.split(x, groups, axis=1) for x in (q, k, v)), strict=True)
-        return tf.concat([rowwise_attention(*parts) for parts in split], axis=1)
-
-    return run
+def ceiling(options: argparse.Namespace) -> dict[str, float]:
+    """Of the products over the causal half of the scores, by the fastest of some large products."""
+    matrix = tf.random.stateless_normal((2048, 2048), (0, 0))
+    rate = 2 * 2048**3 / (1e-3 * min(times(tf.function(tf.matmul), options.runs, matrix, matrix)))
+    flops = 2 * options.heads * options.length**2 * options.head_size
+    return {"Gflop/s": round(1e-9 * rate), "products at that rate": round(1e3 * flops / rate, 1)}
 
 
-def milliseconds(function, runs: int, *arguments) -> float:
-    times = []
-    for _ in range(2 + runs):  # the first two trace and warm up
+def forward(attend: Callable, q: tf.Tensor, k: tf.Tensor, v: tf.Tensor) -> tf.Tensor:
+    return attend(q, k, v)
+
+
+def both(attend: Callable, q: tf.Tensor, k: tf.Tensor, v: tf.Tensor) -> tuple:
+    with tf.GradientTape() as tape:
+        tape.watch([q, k, v])
+        out = attend(q, k, v)
+    return out, tape.gradient(out, [q, k, v], tf.ones_like(out))
+
+
+CALLS = {"forward": forward, "forward and backward": both}
+WAYS = {
+    "graph": lambda function: tf.function(function, autograph=False),
+    "jit_compile": lambda function: tf.function(function, autograph=False, jit_compile=True),
+    "outside a graph": lambda function: function,
+}
+ATTENTION = {"eager": lambda q, k, v: eager_attention(q, k, v, None)[0], "sdpa": causal_attention}
+
+
+def in_pairs(way: Callable, call: Callable, q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, runs: int) -> dict[str, float]:
+    """Eager and "sdpa" in turn, each after one call of its own that is not timed."""
+    functions = {name: way(functools.partial(call, attend)) for name, attend in ATTENTION.items()}
+    seen: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(1 + runs):  # the first turn traces and compiles
+        for name, function in functions.items():
+            seen[name].append(times(function, 2, q, k, v)[-1])
+    found = {name: round(statistics.median(seen[name][1:]), 1) for name in functions}
+    peaks = {f"{name}, MB": peak_megabytes(function, q, k, v) for name, function in functions.items()}
+    return {**found, "times as fast": round(found["eager"] / found["sdpa"], 2), **peaks}
+
+
+def peak_megabytes(function: Callable, *arguments: tf.Tensor) -> float:
+    """Beyond the arguments, by TensorFlow's allocator."""
+    info = tf.config.experimental
+    before = info.get_memory_info("CPU:0")["current"]
+    info.reset_memory_stats("CPU:0")
+    function(*arguments)
+    return round((info.get_memory_info("CPU:0")["peak"] - before) / 1e6, 1)
+
+
+def milliseconds(function: Callable, runs: int, *arguments: tf.Tensor) -> float:
+    return round(statistics.median(times(function, 2 + runs, *arguments)[2:]), 1)  # the first two trace and warm up
+
+
+def times(function: Callable, runs: int, *arguments: tf.Tensor) -> list[float]:
+    """Milliseconds of each call."""
+    found = []
+    for _ in range(runs):
         start = time.perf_counter()
         function(*arguments)
-        times.append(1e3 * (time.perf_counter() - start))
-    return round(statistics.median(times[2:]), 1)
+        found.append(1e3 * (time.perf_counter() - start))
+    return found
 
 
 if __name__ == "__main__":
