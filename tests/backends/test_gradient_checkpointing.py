@@ -24,9 +24,9 @@ def gradients_of(backend, model, **inputs):
 @pytest.mark.parametrize(
     ("case", "variant", "attn_implementation"),
     [
-        ("plain", "350m style", "sdpa"),
+        pytest.param("plain", "350m style", "sdpa", marks=pytest.mark.slow),
         ("padding", "pre-norm", "sdpa"),
-        ("documents", "pre-norm", "eager"),
+        pytest.param("documents", "pre-norm", "eager", marks=pytest.mark.slow),
         ("head mask", "pre-norm", "sdpa"),
     ],
 )

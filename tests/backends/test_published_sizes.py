@@ -20,7 +20,10 @@ def test_torch_modules_have_the_shapes_of_the_schema(request, preset):
     assert got == _expected(config)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    "preset",
+    [pytest.param(it, marks=pytest.mark.slow if PRESETS[it]["num_hidden_layers"] > 64 else ()) for it in PRESETS],
+)
 def test_flax_modules_have_the_shapes_of_the_schema(request, preset):
     backend = _only(request, "flax")
     nnx, config = backend.nnx, OPTConfig.preset(preset)

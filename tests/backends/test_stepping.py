@@ -28,7 +28,7 @@ def assert_same(got, want) -> None:
         assert worst_row(got.hidden.astype(np.float64), want.hidden) < bound
 
 
-@pytest.mark.parametrize("variant", ["pre-norm", "350m style"])
+@pytest.mark.parametrize("variant", ["pre-norm", pytest.param("350m style", marks=pytest.mark.slow)])
 def test_a_search_of_every_kind_of_step_meets_the_reference(backend, variant):
     config = config_of(variant)
     both = steppers(backend, config)

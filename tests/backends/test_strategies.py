@@ -61,7 +61,10 @@ def test_a_left_padded_batch_continues_as_each_prompt_alone(backend, name):
         assert np.array_equal(together[row * returned : (row + 1) * returned, 6 : 6 + new.shape[1]], new)
 
 
-@pytest.mark.parametrize("options", [{}, dict(do_sample=True, seed=8)], ids=["greedy", "sampling"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({}, id="greedy"), pytest.param(dict(do_sample=True, seed=8), marks=pytest.mark.slow, id="sampling")],
+)
 def test_a_draft_model_changes_no_token(backend, options):
     config = config_of()
     model = model_of(backend, config)

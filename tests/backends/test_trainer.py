@@ -246,6 +246,7 @@ def test_a_run_goes_on_in_any_other_framework(backends, tmp_path):
         assert_close(after[pair], after[first], largest=1e-3 * RECIPE.learning_rate)
 
 
+@pytest.mark.slow
 def test_a_run_of_an_adapter_goes_on_in_any_other_framework(backends, tmp_path):
     config, lora = config_of(), LoraConfig(r=3, target_modules=("fc1", "q_proj"), task="causal-lm")
     names = new_adapter(config, lora)

@@ -97,8 +97,11 @@ def die_before_step(number: int) -> None:
         setattr(owner, name, counted(getattr(owner, name)))
 
 
+QUICK = ("safetensors to shards", "flax-msgpack", "metaseq parts", "keras-hub", "tf-checkpoint")
+
+
 @pytest.mark.parametrize("is_new", [False, True], ids=["replaced", "new"])
-@pytest.mark.parametrize("case", TARGETS)
+@pytest.mark.parametrize("case", [pytest.param(it, marks=() if it in QUICK else pytest.mark.slow) for it in TARGETS])
 def test_killed_before_any_step_it_leaves_no_mixture(tmp_path, case, is_new):
     old_options, new_options = TARGETS[case]
     outcomes = []

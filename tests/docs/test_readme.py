@@ -52,7 +52,14 @@ def test_the_readme_shows_python_code_and_runs_some_of_it():
     assert any(block.reason is None for block in blocks)
 
 
-@pytest.mark.parametrize("path", documents(), ids=lambda path: str(path.relative_to(ROOT)))
+def each_document() -> list:
+    """As parameters; those whose code takes long are marked."""
+    names = [str(path.relative_to(ROOT)) for path in documents()]
+    slow = ("docs/distributed.md", "docs/training.md")
+    return [pytest.param(ROOT / name, marks=pytest.mark.slow if name in slow else (), id=name) for name in names]
+
+
+@pytest.mark.parametrize("path", each_document())
 def test_the_code_of_a_document_runs(path, tmp_path, monkeypatch):
     blocks = python_blocks(path.read_text(encoding="utf-8"))
     if all(block.reason for block in blocks):

@@ -43,6 +43,7 @@ def test_training_a_loaded_model_leaves_the_file_as_it_was(tmp_path):
     assert np.isfinite(FlaxOPTForCausalLM.from_pretrained(tmp_path)(token_ids(config)).logits).all()
 
 
+@pytest.mark.slow
 def test_the_largest_size_is_built_without_memory():
     config = OPTConfig.preset("opt-175b")
     model = nnx.eval_shape(lambda: FlaxOPTModel(config, dtype=jnp.bfloat16))

@@ -24,7 +24,7 @@ def a_model(variant: str = "pre-norm", **changes) -> TFOPTForCausalLM:
 
 
 @pytest.mark.parametrize("jit_compile", [False, True], ids=["graph", "xla"])
-@pytest.mark.parametrize("mask", ["left", "holes", "an empty row"])
+@pytest.mark.parametrize("mask", [pytest.param("left", marks=pytest.mark.slow), "holes", "an empty row"])
 def test_one_traced_function_serves_every_batch_and_length(mask, jit_compile):
     model = a_model("350m style")
     traced = tf.function(
