@@ -131,6 +131,8 @@ def write_plot(document: dict[str, Any], path: str) -> None:
         for panel, unit, title in zip(panels, ("seconds", "bytes"), ("speed-up", "memory"), strict=True):
             draw(panel, part, f"{key}_{unit}", document)
             panel.set_title(f"{TITLES[part]}: {title}, eager / {document['fused']}")
+        if panels[-1].get_legend_handles_labels()[0]:  # one for both, where it hides nothing
+            panels[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.suptitle(f"{document['size']}, {document['gpu'] or document['processor']}, {document['commit']}")
     figure.savefig(path, format="png", dpi=120)
 
@@ -152,6 +154,7 @@ def draw(panel, part: str, key: str, document: dict[str, Any]) -> None:
             label=label,
         )
     panel.axhline(1, color="black", linewidth=0.8)
+    lengths = sorted({length for points in lines.values() for length, _ in points})
     panel.set(xscale="log", xlabel="tokens")
-    if lines:
-        panel.legend(fontsize=7)
+    panel.set_xticks(lengths, map(str, lengths), minor=False)
+    panel.minorticks_off()
