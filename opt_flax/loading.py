@@ -155,8 +155,8 @@ class LoadingMixin:
                 overwrite=overwrite,
                 allow_nonfinite=allow_nonfinite,
             )
-            if (options := getattr(self, "generation_config", None)) is not None:
-                options.save_beside(self.config, folder)
+            if (generation_config := getattr(self, "generation_config", None)) is not None:
+                generation_config.save_beside(self.config, folder)
 
         write_from_first(self.placement, parameters, write)
 

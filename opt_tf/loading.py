@@ -142,8 +142,8 @@ class LoadingMixin:
             overwrite=overwrite,
             allow_nonfinite=allow_nonfinite,
         )
-        if (options := getattr(self, "generation_config", None)) is not None:
-            options.save_beside(self.config, folder)
+        if (generation_config := getattr(self, "generation_config", None)) is not None:
+            generation_config.save_beside(self.config, folder)
 
     def push_to_hub(self, repo_id: str, *, max_shard_size: int | str = "5GB", **options) -> str:
         """Saves to a temporary folder and uploads it; `options` as in `conversion.push_folder`. Returns the address."""

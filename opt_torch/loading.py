@@ -150,8 +150,8 @@ class LoadingMixin:
                 allow_nonfinite=allow_nonfinite,
                 **options,
             )
-            if (options := getattr(self, "generation_config", None)) is not None:
-                options.save_beside(self.config, folder)
+            if (generation_config := getattr(self, "generation_config", None)) is not None:
+                generation_config.save_beside(self.config, folder)
 
         if self.offloaded is not None:
             self.offloaded.check_target(folder)
