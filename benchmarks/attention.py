@@ -6,7 +6,8 @@ Each cell, a contestant with a batch and a length, runs in a process of its own 
 first, the implementations in turn within it; figures are medians. A cell that would need more than --max-seconds or
 --max-memory, by the estimate below, or more than is left of --budget, is in the tables as not run, with the estimate,
 or, of a training step, as the fused half alone where that fits; what is not installed is there too. transformers, where
-it is installed, takes the training step in PyTorch beside ours.
+it is installed, takes the training step in PyTorch beside ours. --keep takes the cells that an earlier document has in
+full, of the same conditions, and measures the others.
 Weights are random. The last line is one JSON document, which --output has from the first cell on. Exit code 1 where
 something failed.
 """
@@ -26,7 +27,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.attention_report import to_markdown, write_plot
-from benchmarks.attention_worker import Job
+from benchmarks.attention_worker import Job, ran
 from opt_core import OPTConfig
 from opt_core.presets import PRESETS
 from opt_core.schema import parameter_count
@@ -57,6 +58,11 @@ MORE_ATTENTION = {  # for attention alone; each says where it does not run
 }
 START_SECONDS = {"torch": 6, "tf": 20, "flax": 20, PEER: 12}  # imports and compilation
 RATE_SHARE = 0.4  # of the matrix rate, for estimates
+SCORE_BYTES = {"torch": 5, "tf": 5, "flax": 10, PEER: 5}  # of a float32 score that eager keeps for gradients, about
+CONDITIONS = (  # of a document, that --keep wants the same
+    *("schema", "size", "heads", "head_size", "device", "fused", "new_tokens", "versions", "peers"),
+    *("processor", "available_processors", "gpu"),
+)
 
 
 class Cell(NamedTuple):
@@ -80,6 +86,7 @@ def main() -> int:
     source = options.size if options.size in PRESETS else find_source(options.size, None)
     config = config_of(source)
     document: dict[str, Any] = {"schema": SCHEMA, **describe_conditions(options, config), "results": []}
+    earlier = keep_earlier(options.keep, document) if options.keep else {}
     ceilings = {
         dtype: run_process("opt_zoo.bench.ceilings", [options.device, dtype], options.device, 120)
         for dtype in options.dtypes
@@ -92,7 +99,7 @@ def main() -> int:
         for cell in make_cells(options, config):
             left = options.budget - (time.perf_counter() - start)
             folder = str(folders.get(("safetensors", cell.dtype), ""))
-            row = run_cell(cell, options, config, ceilings[cell.dtype], left, folder)
+            row = earlier.get(cell) or run_cell(cell, options, config, ceilings[cell.dtype], left, folder)
             document["results"].append(row)
             print(f"{' '.join(map(str, cell))}: {row['status']} {row['reason']}", file=sys.stderr, flush=True)
             write(document, options)
@@ -121,6 +128,7 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for all cells")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if has_gpu() else "cpu")
+    parser.add_argument("--keep", type=Path, help="a document of --output, the complete cells of which are kept")
     parser.add_argument("--output", help="a file for the JSON document")
     parser.add_argument("--markdown", help="a file for the tables")
     parser.add_argument("--plot", help="a PNG: speed-up and memory against the length")
@@ -148,6 +156,23 @@ def describe_conditions(options: argparse.Namespace, config: OPTConfig) -> dict[
         "gpu": gpu_model() if options.device == "cuda" else None,
         "command": " ".join(["python", "benchmarks/attention.py", *sys.argv[1:]]),
     }
+
+
+def keep_earlier(path: Path, document: dict[str, Any]) -> dict[Cell, dict[str, Any]]:
+    """The rows of an earlier document with both eager and fused, by cell; `document` then says where they are from."""
+    earlier = json.loads(path.read_text())
+    differ = [
+        f"{name}: {earlier.get(name)}, now {document[name]}"
+        for name in CONDITIONS
+        if earlier.get(name) != document[name]
+    ]
+    if differ:
+        raise SystemExit(f"{path}: its cells cannot be kept, conditions differ: {'; '.join(differ)}")
+    document["kept"] = [*earlier.get("kept", []), {name: earlier[name] for name in ("commit", "date", "command")}]
+    measured = {
+        Cell(*(row[field] for field in Cell._fields)): row for row in earlier["results"] if row["status"] == "ok"
+    }
+    return {cell: row for cell, row in measured.items() if all(ran(row["results"][name]) for name in ("eager", FUSED))}
 
 
 def make_cells(options: argparse.Namespace, config: OPTConfig) -> Iterator[Cell]:
@@ -275,7 +300,8 @@ def estimate(
     if cell.part == "training":
         turn = len(names) * training_flops(cell, config) / rate
         timed = max(turn, min(options.seconds, options.runs * turn))
-        kept = rows * (12 * config.hidden_size + 3 * config.ffn_dim) * item + ("eager" in names) * 10 * square
+        scores = ("eager" in names) * SCORE_BYTES[cell.contestant] * square
+        kept = rows * (12 * config.hidden_size + 3 * config.ffn_dim) * item + scores
         nbytes = 5 * weights + config.num_hidden_layers * kept + 12 * rows * config.vocab_size
         return Need(start + 2 * turn + timed, nbytes)
     work = work_of(config, cell.dtype, cell.batch, cell.length, options.new_tokens)

@@ -34,10 +34,13 @@ def conditions(document: dict[str, Any]) -> str:
         for dtype, found in document.get("ceilings", {}).items()
         if found["flops_per_second"]
     )
+    kept = "".join(
+        f"; other cells from commit {it['commit']}, {it['date']}, `{it['command']}`" for it in document.get("kept", [])
+    )
     return (
         f"{document['size']}, random weights, {hardware}; {', '.join(f'{name} {v}' for name, v in versions.items())}; "
         f"measured matrix rate: {', '.join(rates) or 'unknown'}; commit {document['commit']}, {document['date']}. "
-        f"`{document['command']}`"
+        f"`{document['command']}`{kept}"
     )
 
 

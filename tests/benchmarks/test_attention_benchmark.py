@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from benchmarks import attention
-from benchmarks.attention import Cell, estimate, implementations, make_cells, refusal, run_cell
+from benchmarks.attention import Cell, estimate, implementations, keep_earlier, make_cells, refusal, run_cell
 from benchmarks.attention_report import to_markdown
 from benchmarks.attention_worker import in_turn
 from opt_core import OPTConfig
@@ -84,6 +84,27 @@ def test_fused_attention_is_measured_alone_where_eager_does_not_fit(monkeypatch)
     text = to_markdown(document(result))
     assert "| 8 | 2048 |  | 2.000 |  |  | 6 |" in text
     assert f"eager not_run: would need about {whole:.1f} GB" in text
+
+
+def test_complete_cells_of_an_earlier_document_are_kept(tmp_path):
+    figures = {"step_seconds": 2.0, "step_bytes": 6_000_000}
+    whole = row(eager=figures, sdpa=figures)
+    partial = {**row(eager={"not_run": "too large"}, sdpa=figures), "batch": 4}
+    refused = {**row("not run", "too large"), "batch": 2}
+    now = {**document(), "schema": attention.SCHEMA, "new_tokens": 33, "commit": "new"}
+    path = tmp_path / "earlier.json"
+    path.write_text(json.dumps({**now, "commit": "old", "results": [whole, partial, refused]}))
+    assert keep_earlier(path, now) == {CELL: whole}
+    text = to_markdown({**now, "results": [whole]})
+    assert "other cells from commit old, d, `python benchmarks/attention.py`" in text
+
+
+def test_cells_of_other_conditions_are_not_kept(tmp_path):
+    now = {**document(), "schema": attention.SCHEMA, "new_tokens": 33}
+    path = tmp_path / "earlier.json"
+    path.write_text(json.dumps({**now, "processor": "q", "versions": {"torch": "1"}}))
+    with pytest.raises(SystemExit, match=r"versions: .*'1'}, now .*'2'}; processor: q, now p$"):
+        keep_earlier(path, now)
 
 
 def test_a_process_that_fails_is_a_failed_cell(monkeypatch):
