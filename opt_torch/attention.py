@@ -16,9 +16,9 @@ from opt_core.checks import check_choice
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError, raise_if
 from opt_torch import cache, flash
-from opt_torch.flex import flexible_attention
+from opt_torch.flex import BlockMask, flexible_attention
 from opt_torch.layers import Linear
-from opt_torch.sdpa import HALF, check_order, fused_attention, needs_gradient
+from opt_torch.sdpa import HALF, check_order, fused_attention, needs_gradient, without_autocast
 from opt_torch.segments import Segments, attention_by_segment, make_segments, one_by_one
 
 ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa", *flash.PACKAGES, "flex_attention")
@@ -48,7 +48,7 @@ class Attention(nn.Module):
         slots: cache.Slots | None,
         output_attentions: bool,
         first_BT: Tensor | None = None,
-        segments: Segments | None = None,
+        segments: Segments | BlockMask | None = None,
         head_mask_N: Tensor | None = None,
     ) -> tuple[Tensor, LayerCache, Tensor | None]:
         """Returns the output [B, T, D], the keys and values with those of this call, and the weights or None.
@@ -95,12 +95,13 @@ def causal_attention(
     dropout: float = 0.0,
     first_BT: Tensor | None = None,
     attn_implementation: str = "sdpa",
-    segments: Segments | None = None,
+    segments: Segments | BlockMask | None = None,
 ) -> Tensor:
     """Fused attention of T tokens among themselves, O(T) memory; the query is scaled already.
 
     Query t of row b sees the tokens first_BT[b, t] to t, all up to t without it: documents in a row, each without gaps.
-    `segments` say the same to kernels of variable length, and which tokens are padding; made here if needed and absent.
+    `segments` say the same to kernels of variable length, and which tokens are padding, or in blocks to FlexAttention;
+    made here if needed and absent.
 
     Raises:
         InputError: where the implementation has no kernel for the dtype, the device, a gradient or dropout.
@@ -110,11 +111,13 @@ def causal_attention(
     if attn_implementation in flash.PACKAGES:
         return flash.flash_attention(q_BNTH, k_BNTH, v_BNTH, attn_implementation, segments, dropout)
     if attn_implementation == "flex_attention":
-        return flexible_attention(q_BNTH, k_BNTH, v_BNTH, first_BT, dropout)
+        mask = segments if isinstance(segments, BlockMask) else None
+        return flexible_attention(q_BNTH, k_BNTH, v_BNTH, first_BT, dropout, mask)
     if q_BNTH.device.type == "cpu" and q_BNTH.dtype in HALF and needs_gradient(q_BNTH, k_BNTH, v_BNTH):
         # Its backward rounds partial sums to half precision: errors of 1.6 bounds, and growing with T (torch 2.13).
         qkv = (x.float() for x in (q_BNTH, k_BNTH, v_BNTH))
-        return causal_attention(*qkv, dropout, first_BT, segments=segments).to(q_BNTH.dtype)
+        with without_autocast(q_BNTH.device):
+            return causal_attention(*qkv, dropout, first_BT, segments=segments).to(q_BNTH.dtype)
     if first_BT is None:
         return fused_attention(q_BNTH, k_BNTH, v_BNTH, dropout=dropout)
     return _attention_in_documents(q_BNTH, k_BNTH, v_BNTH, dropout, first_BT, segments)
@@ -124,9 +127,11 @@ def _attention_in_documents(q_BNTH, k_BNTH, v_BNTH, dropout: float, first_BT: Te
     """By documents where there is a way to: a mask lets a kernel compute all T x T scores, and reads them as well."""
     B, _, T, _ = q_BNTH.shape
     kernel = None
-    if q_BNTH.device.type == "cpu" and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        pass  # sizes of a graph may not depend on where documents begin
+    elif q_BNTH.device.type == "cpu":
         kernel = functools.partial(one_by_one, dropout)  # 3.5 times as fast as a mask for 4 documents, 11 for 32
-    elif q_BNTH.is_cuda and q_BNTH.dtype in HALF and not dropout:
+    elif not dropout and flash.may_run_inside_pytorch(q_BNTH):
         kernel = flash.runs_inside_pytorch()
     if kernel is None:
         mask_B1TT = attend_mask(T, T, None, q_BNTH.device, first_BT)
@@ -180,7 +185,8 @@ def eager_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention step by step; returns the output [B, N, T, H] and the weights [B, N, T, S], before dropout."""
     compute_dtype = torch.promote_types(q_BNTH.dtype, torch.float32)  # scores and softmax in float32 at least
-    scores_BNTS = q_BNTH.to(compute_dtype) @ k_BNSH.to(compute_dtype).transpose(-1, -2)
+    with without_autocast(q_BNTH.device):
+        scores_BNTS = q_BNTH.to(compute_dtype) @ k_BNSH.to(compute_dtype).transpose(-1, -2)
     mask_B1TS = attend_mask(q_BNTH.shape[2], k_BNSH.shape[2], lengths_B, q_BNTH.device, first_BT)
     scores_BNTS = scores_BNTS.masked_fill(~mask_B1TS, torch.finfo(scores_BNTS.dtype).min)
     weights_BNTS = torch.softmax(scores_BNTS, dim=-1, dtype=compute_dtype).to(q_BNTH.dtype)

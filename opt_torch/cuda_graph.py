@@ -5,8 +5,9 @@ into which a prompt is copied, and it is recorded anew when weights have moved o
 that does more than kernels of these weights is run step by step instead: see `can_be_recorded`.
 """
 
+import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,9 @@ class RecordedStep:
     def __init__(self, model, like: Cache):
         self.model, self.records = weakref.proxy(model), can_be_recorded(model)
         dtype = like.keys[0].dtype if like.keys else model.dtype
-        self.cache = init_cache(model.config, like.batch_size, like.capacity, dtype=dtype, device=model.device)
-        self.token_B = torch.zeros_like(self.cache.lengths)
+        with _outliving_tensors():
+            self.cache = init_cache(model.config, like.batch_size, like.capacity, dtype=dtype, device=model.device)
+            self.token_B = torch.zeros_like(self.cache.lengths)
         self.replay: Callable[[], Tensor] | None = None
 
     def take(self, cache: Cache) -> None:
@@ -39,13 +41,21 @@ class RecordedStep:
         if self.replay is None:
             self.replay = self.step
             if self.records:
-                self.replay = record_graph(self.step, self.token_B.device)
+                with _outliving_tensors():
+                    self.replay = record_graph(self.step, self.token_B.device)
         logits_BV = self.replay()
         self.cache.lengths.add_(1)
         return logits_BV, self.cache
 
     def step(self) -> Tensor:
         return self.model.decode_step(self.token_B, self.cache)[0]
+
+
+@contextlib.contextmanager
+def _outliving_tensors() -> Iterator[None]:
+    """For what is kept from call to call: what `torch.inference_mode` makes cannot be written to outside of it."""
+    with torch.inference_mode(False), torch.no_grad():  # in this order, since the first turns gradients on
+        yield
 
 
 def recorded_step(model, cache: Cache) -> RecordedStep:
@@ -87,7 +97,9 @@ def record_graph(step: Callable[[], Tensor], device: torch.device) -> Callable[[
                 step()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # On a stream of this device: by default it is one of the device that was first recorded on. What other threads
+        # ask of CUDA meanwhile, such as pinned memory for the next batch, is theirs.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             out = step()
 
     def replay() -> Tensor:

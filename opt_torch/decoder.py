@@ -9,6 +9,7 @@ from opt_core.outputs import BaseModelOutput
 from opt_torch.attention import Attention, LayerCache
 from opt_torch.cache import Cache, GrowingCache, Slots, grow, slots_behind
 from opt_torch.flash import PACKAGES
+from opt_torch.flex import BlockMask, make_mask
 from opt_torch.layers import ACTIVATION_FUNCTIONS, Embedding, LayerNorm, Linear
 from opt_torch.packing import Packing, first_columns, make_packing, pack, unpack, unpack_attentions
 from opt_torch.segments import Segments, make_segments
@@ -37,7 +38,7 @@ class DecoderLayer(nn.Module):
         slots: Slots | None,
         output_attentions: bool,
         first_BT: Tensor | None = None,
-        segments: Segments | None = None,
+        segments: Segments | BlockMask | None = None,
         head_mask_N: Tensor | None = None,
     ) -> tuple[Tensor, LayerCache, Tensor | None]:
         residual_BTD = x_BTD
@@ -162,10 +163,14 @@ class Decoder(nn.Module):
             position_ids = position_ids.clamp(0, self.config.max_position_embeddings - 1)
         return position_ids + POSITION_OFFSET
 
-    def _segments(self, x_BTD: Tensor, first_BT: Tensor | None, packing: Packing | None) -> Segments | None:
-        """The documents, without padding, for layers with kernels of variable length."""
-        takes_segments = any(layer.self_attn.attn_implementation in PACKAGES for layer in self.layers)
-        if torch.compiler.is_compiling() or (first_BT is None and not (takes_segments and packing is not None)):
+    def _segments(self, x_BTD: Tensor, first_BT: Tensor | None, packing: Packing | None) -> Segments | BlockMask | None:
+        """The documents, without padding, for layers with kernels of variable length; for FlexAttention its blocks."""
+        names = {layer.self_attn.attn_implementation for layer in self.layers}
+        if torch.compiler.is_compiling():
+            return None
+        if names == {"flex_attention"}:
+            return make_mask(*x_BTD.shape[:2], first_BT, x_BTD.device)
+        if first_BT is None and (packing is None or names.isdisjoint(PACKAGES)):
             return None
         lengths_B = None if packing is None else packing.lengths_B
         return make_segments(*x_BTD.shape[:2], first_BT, lengths_B, x_BTD.device)

@@ -3,7 +3,8 @@
 The kernels are those of Dao's packages where they are installed: `flash_attn` (arXiv:2307.08691), and for Hopper alone
 `flash_attn_interface` (arXiv:2407.08608). Without the first, "flash_attention_2" runs its copy inside PyTorch: batches
 without padding through `scaled_dot_product_attention`, all others through `varlen_attn` of PyTorch 2.11.
-Other dtypes and devices are an error, never another kernel.
+Other dtypes and devices are an error, never another kernel. Behind a cache, where without a package there is none of
+them, and with a gradient or dropout neither, what "sdpa" runs serves.
 """
 
 import functools
@@ -20,12 +21,13 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from opt_core.errors import InputError, raise_if
-from opt_torch.sdpa import HALF
+from opt_torch.sdpa import HALF, KERNELS, check_order
 from opt_torch.segments import Segments, attention_by_segment
 
 PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 DEVICE = "cuda"
 LARGEST_HEAD = 256
+OLDEST = {"flash_attention_2": (8, 0), "flash_attention_3": (9, 0)}  # compute capability
 
 
 def flash_attention(
@@ -53,7 +55,12 @@ def package(name: str) -> ModuleType | None:
     module = PACKAGES[name]
     if module in sys.modules:
         return sys.modules[module]
-    return importlib.import_module(module) if importlib.util.find_spec(module) else None
+    return importlib.import_module(module) if _is_installed(module) else None
+
+
+@functools.cache
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def installation_problems(name: str, head_size: int) -> list[str]:
@@ -81,6 +88,9 @@ def check_call(name: str, q_BNTH: Tensor, in_segments: bool, dropout: float) -> 
         problems.append(f"attn_implementation: {name} expects float16 or bfloat16, got {_short(q_BNTH.dtype)}")
     if q_BNTH.device.type != DEVICE:
         problems.append(f"attn_implementation: {name} expects a {DEVICE} device, got {q_BNTH.device.type}")
+    elif q_BNTH.is_cuda and (capability := _capability(q_BNTH.device)) < OLDEST[name]:
+        oldest, this = (".".join(map(str, numbers)) for numbers in (OLDEST[name], capability))
+        problems.append(f"attn_implementation: {name} expects a GPU of compute capability {oldest}, got {this}")
     if in_segments and package(name) is None and runs_inside_pytorch() is None:
         problems.append(f"attn_implementation: {name} expects PyTorch 2.11 for a padded batch, got {torch.__version__}")
     if dropout and (name == "flash_attention_3" or (in_segments and package(name) is None)):
@@ -112,6 +122,19 @@ def _options(dropout: float) -> dict:
 
 def _output(result: Tensor | tuple) -> Tensor:
     return result[0] if isinstance(result, tuple) else result  # early releases of flash_attn_interface return the sums
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def may_run_inside_pytorch(q_BNTH: Tensor) -> bool:
+    """Whether PyTorch's kernel for runs takes these queries, and the order of kernels has it."""
+    H = q_BNTH.shape[-1]
+    takes = q_BNTH.is_cuda and q_BNTH.dtype in HALF and H % 8 == 0 and H <= LARGEST_HEAD
+    in_order = "flash" in (check_order() or KERNELS)
+    return takes and in_order and _capability(q_BNTH.device) >= OLDEST["flash_attention_2"]
 
 
 @functools.cache

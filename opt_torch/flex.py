@@ -9,7 +9,7 @@ import functools
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from opt_core.errors import InputError, raise_if
 from opt_torch.sdpa import needs_gradient
@@ -18,19 +18,30 @@ SHAPES = 4096  # that are compiled in one process; the next one is an error of P
 
 
 def flexible_attention(
-    q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor, first_BT: Tensor | None = None, dropout: float = 0.0
+    q_BNTH: Tensor,
+    k_BNTH: Tensor,
+    v_BNTH: Tensor,
+    first_BT: Tensor | None = None,
+    dropout: float = 0.0,
+    mask: BlockMask | None = None,
 ) -> Tensor:
-    """Causal attention of T tokens among themselves, from slot `first_BT` on; the query is scaled already."""
+    """Causal attention of T tokens among themselves, from slot `first_BT` on; the query is scaled already.
+
+    `mask` says the same, made once for all layers; without it, it is made here.
+    """
     _check_call(q_BNTH, k_BNTH, v_BNTH, dropout)
-    B, _, T, _ = q_BNTH.shape
-    rows = None if first_BT is None else B
-    mask = create_block_mask(_visible(first_BT), rows, None, T, T, device=q_BNTH.device)
+    mask = make_mask(*q_BNTH.shape[::2], first_BT, q_BNTH.device) if mask is None else mask
     # Beyond 8 shapes, its limit, PyTorch would stop compiling, and compute all T x T scores without a word.
     more = contextlib.nullcontext()
     if not torch.compiler.is_compiling():
         more = torch._dynamo.config.patch(recompile_limit=SHAPES, accumulated_recompile_limit=SHAPES)
     with more:
         return _compiled()(q_BNTH, k_BNTH, v_BNTH, block_mask=mask, scale=1.0)
+
+
+def make_mask(B: int, T: int, first_BT: Tensor | None, device) -> BlockMask:
+    """Which blocks of scores hold something visible; found from all T x T of each row."""
+    return create_block_mask(_visible(first_BT), None if first_BT is None else B, None, T, T, device=device)
 
 
 def _visible(first_BT: Tensor | None):

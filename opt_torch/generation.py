@@ -129,7 +129,7 @@ class GenerationMixin:
             token_B = torch.where(ended_B, plan.pad_token_id, logits_BV.argmax(-1))
             tokens.append(token_B)
             ended_B = ended_B | torch.isin(token_B, eos)
-            if len(tokens) == plan.max_new_tokens or ended_B.all():
+            if len(tokens) == plan.max_new_tokens or (plan.eos_token_ids and ended_B.all()):  # which waits for a GPU
                 return torch.stack(tokens, dim=1)
             logits_BV, cache = step(token_B, cache)
 

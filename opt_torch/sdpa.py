@@ -10,9 +10,11 @@ On a CPU it has one fused kernel, which takes the causal flag. On CUDA it has fo
 cuDNN plans anew for each length that it meets, for half a second; without a gradient it gets whole multiples of 128.
 
 The environment variable OPT_TORCH_SDPA_ORDER names those that may run, in their order: "cudnn,flash,efficient,math".
+With a mask, efficient and math are all that may run, whatever it names.
 """
 
 import contextlib
+import functools
 import os
 
 import torch
@@ -35,7 +37,7 @@ HALF = (torch.float16, torch.bfloat16)
 PLAN_TOKENS = 128
 
 _order_asked_for = os.environ.get(ORDER_VARIABLE, "")
-_cudnn_trials: dict[int | None, bool] = {}  # by the index of the device
+_cudnn_trials: dict[tuple[int | None, torch.dtype], bool] = {}  # by the index of the device
 
 
 def fused_attention(
@@ -56,12 +58,24 @@ def kernels(*qkv: Tensor, masked: bool = False) -> contextlib.AbstractContextMan
     x = qkv[0]
     if not x.is_cuda:
         return contextlib.nullcontext()
-    order = check_order()
-    if not order and masked:
-        order = WITH_MASK
-    elif not order and x.dtype in HALF and needs_gradient(*qkv) and not cudnn_backward_is_right(x.device):
+    asked_for = order = check_order()
+    if masked:
+        order = tuple(name for name in order if name in WITH_MASK) or WITH_MASK
+    elif not order and x.dtype in HALF and needs_gradient(*qkv) and not cudnn_backward_is_right(x.device, x.dtype):
         order = WITHOUT_CUDNN
-    return sdpa_kernel([KERNELS[name] for name in order], set_priority=True) if order else contextlib.nullcontext()
+    if not order:
+        return contextlib.nullcontext()
+    if asked_for:
+        _let_pytorch_order_first(x.device)
+    return sdpa_kernel([KERNELS[name] for name in order], set_priority=bool(asked_for))
+
+
+@functools.cache
+def _let_pytorch_order_first(device: torch.device) -> None:
+    """PyTorch finds its own order, cuDNN first on Hopper, at its first choice: made later it would replace ours."""
+    if not torch.compiler.is_compiling():
+        q = torch.empty(1, 1, 2, 64, dtype=torch.float16, device=device)
+        torch._fused_sdp_choice(q, q, q, None, 0.0, True, scale=1.0)
 
 
 def _plans_each_length(q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor, dropout: float) -> bool:
@@ -86,17 +100,25 @@ def check_order() -> tuple[str, ...]:
     return names
 
 
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """For products that are in float32 on purpose: autocast would round their factors to half precision again."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 def needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-def cudnn_backward_is_right(device: torch.device) -> bool:
-    """Runs the trial once a process and device; False where it cannot run, in a graph that is being made."""
-    if device.index not in _cudnn_trials:
+def cudnn_backward_is_right(device: torch.device, dtype: torch.dtype) -> bool:
+    """Runs the trial once a process, device and dtype; False where it cannot run, in a graph that is being made."""
+    case = device.index, dtype
+    if case not in _cudnn_trials:
         if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
             return False
-        _cudnn_trials[device.index] = gradients_are_right(device, torch.bfloat16, [KERNELS["cudnn"]])
-    return _cudnn_trials[device.index]
+        _cudnn_trials[case] = gradients_are_right(device, dtype, [KERNELS["cudnn"]])
+    return _cudnn_trials[case]
 
 
 @torch.enable_grad()

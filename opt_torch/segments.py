@@ -41,7 +41,8 @@ def attention_by_segment(
     B, N, T, H = q_BNTH.shape
     out_BTNH = q_BNTH.new_zeros(B, T, N, H)
     if segments.longest:
-        qkv_RNH = (x.transpose(1, 2).flatten(0, 1)[segments.index_R] for x in (q_BNTH, k_BNTH, v_BNTH))
+        rows = (x.transpose(1, 2).flatten(0, 1) for x in (q_BNTH, k_BNTH, v_BNTH))
+        qkv_RNH = (x.index_select(0, segments.index_R) for x in rows)  # x[index] would sort in its backward on a GPU
         out_RNH = attention(*qkv_RNH, segments.starts, segments.longest)
         out_BTNH = out_BTNH.flatten(0, 1).index_copy(0, segments.index_R, out_RNH).view(B, T, N, H)
     return out_BTNH.transpose(1, 2)

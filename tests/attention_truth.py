@@ -114,9 +114,23 @@ def worst_share(got: Attended, truth: Attended, bound: Attended) -> dict[str, fl
 
 
 def root_mean_square_error(got: Attended, truth: Attended) -> dict[str, float]:
-    """Of each part; a fused implementation may have twice that of the eager one, in the same dtype and device."""
+    """Of each part."""
     parts = zip(Attended._fields, got, truth, strict=True)
     return {name: float(np.sqrt(np.square(_float64(x) - t).mean())) for name, x, t in parts if x is not None}
+
+
+def beyond_twice(eager: Attended, got: Attended, truth: Attended, slack: float = 0.0) -> dict[str, tuple[float, float]]:
+    """Each part of `got` that errs by more than twice as much as eager's, in the same dtype on the same device.
+
+    Errors are root mean squares; `slack` is what is allowed beside, relative to the root mean square of the truth.
+    """
+    errors, of_eager = root_mean_square_error(got, truth), root_mean_square_error(eager, truth)
+    sizes = root_mean_square_error(Attended(*(None if x is None else np.zeros(()) for x in truth)), truth)
+    return {
+        name: (error, of_eager[name])
+        for name, error in errors.items()
+        if not error <= 2 * of_eager[name] + slack * sizes[name]  # true of NaN
+    }
 
 
 def _steps(q, k, v, first_BT, lengths_B) -> _Steps:

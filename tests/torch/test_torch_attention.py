@@ -11,10 +11,11 @@ from attention_truth import (
     Attended,
     attention_inputs,
     attention_truth,
+    beyond_twice,
     error_bound,
-    root_mean_square_error,
     worst_share,
 )
+from harness import ROUNDOFF
 from torch.nn.attention import SDPBackend
 
 from opt_torch import attention, sdpa
@@ -24,11 +25,15 @@ from opt_torch.cache import slots_behind
 B, N = 2, 3
 HEAD_SIZES = (64, 80, 128)
 GPU = pytest.mark.gpu
-WHERE = [
-    ("cpu", "eager"),
-    ("cpu", "sdpa"),
-    *(pytest.param("cuda", name, marks=GPU) for name in ("eager", "sdpa", "flash_attention_2", "flex_attention")),
-]
+ON_GPU = ("eager", "sdpa", "flash_attention_2", "flex_attention")
+
+
+def where(*on_gpu: str) -> list:
+    """Eager and sdpa on a CPU, and implementations on a GPU."""
+    return [("cpu", "eager"), ("cpu", "sdpa"), *(pytest.param("cuda", name, marks=GPU) for name in on_gpu)]
+
+
+WHERE = where(*ON_GPU)
 
 
 def documents(T: int) -> np.ndarray:
@@ -57,6 +62,11 @@ def attended(function, device: str, dtype: str, inputs) -> Attended:
     return Attended(*(x.detach().double().cpu().numpy() for x in parts))
 
 
+def slack(device: str, dtype: str) -> float:
+    """On CUDA the fused kernel for float32 multiplies in three parts of TF32, which costs a few units of roundoff."""
+    return 4 * ROUNDOFF[dtype] if (device, dtype) == ("cuda", "float32") else 0.0
+
+
 def on_device(first_BT, device):
     return None if first_BT is None else torch.as_tensor(first_BT, device=device)
 
@@ -78,8 +88,24 @@ def test_outputs_and_gradients_are_within_the_bound_and_twice_the_error_of_eager
     shares = worst_share(got, truth, error_bound(*inputs[:3], dtype, first_BT, d_out=inputs[3]))
     assert max(shares.values()) <= 1, shares
     eager = attended(lambda *qkv: attend("eager", *qkv, first), device, dtype, inputs)
-    errors, of_eager = root_mean_square_error(got, truth), root_mean_square_error(eager, truth)
-    assert all(errors[part] <= 2 * of_eager[part] for part in errors), (errors, of_eager)
+    assert not beyond_twice(eager, got, truth, slack(device, dtype))
+
+
+@pytest.mark.parametrize(("device", "name"), where(*ON_GPU[:3])[1:])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("H", HEAD_SIZES)
+@pytest.mark.parametrize("T", [67, 131])
+def test_outputs_without_a_gradient_are_within_the_bound(device, name, dtype, H, T):
+    """Other kernels than with one: on a GPU cuDNN, for tokens filled up to a multiple of 128."""
+    if name == "flash_attention_2" and dtype == "float32":
+        pytest.skip("refused: test_torch_flash.py")
+    inputs = attention_inputs(dtype, B, N, T, H)[:3]
+    with torch.no_grad():
+        got, eager = (attend(x, *tensors(device, dtype, *inputs)).double().cpu().numpy() for x in (name, "eager"))
+    truth = attention_truth(*inputs)
+    shares = worst_share(Attended(got), truth, error_bound(*inputs, dtype))
+    assert max(shares.values()) <= 1, shares
+    assert not beyond_twice(Attended(eager), Attended(got), truth, slack(device, dtype))
 
 
 @pytest.mark.parametrize(("device", "name"), WHERE)
@@ -95,7 +121,20 @@ def test_a_softmax_that_nearly_chooses_is_within_the_bound(device, name, dtype):
     assert max(shares.values()) <= 1, shares
 
 
-@pytest.mark.parametrize(("device", "name"), [where for where in WHERE if where != ("cpu", "eager")])
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "documents"])
+@pytest.mark.parametrize(("device", "name"), where("eager", "sdpa"))
+def test_autocast_leaves_scores_and_sums_in_float32(device, name, packed):
+    """It would round the factors of every product again, those of float32 as well."""
+    inputs, first_BT = attention_inputs("bfloat16", B, N, 131, 64, size=4), documents(131) if packed else None
+    first = on_device(first_BT, device)
+    with torch.autocast(device, torch.bfloat16):
+        got = attended(lambda *qkv: attend(name, *qkv, first), device, "bfloat16", inputs)
+    truth = attention_truth(*inputs[:3], first_BT, d_out=inputs[3])
+    shares = worst_share(got, truth, error_bound(*inputs[:3], "bfloat16", first_BT, d_out=inputs[3]))
+    assert max(shares.values()) <= 1, shares
+
+
+@pytest.mark.parametrize(("device", "name"), where("eager", "sdpa", "flash_attention_2"))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("H", HEAD_SIZES)
 @pytest.mark.parametrize("T", [1, 5, 11], ids=lambda T: f"{T} tokens")
@@ -109,13 +148,15 @@ def test_tokens_behind_a_cache_are_within_the_bound(device, name, dtype, H, T):
     if device == "cpu" or T == 1:
         for x in inputs[1:]:
             x[:, :, 61 + T if device == "cpu" else 128 :] = torch.nan
+    lengths = torch.as_tensor(lengths_B, device=device)
     with torch.no_grad():
-        implementation = "sdpa" if name == "eager" else name
-        slots = slots_behind(torch.as_tensor(lengths_B, device=device), T)
-        out = cached_attention(*inputs, slots, 0.0, implementation)
+        eager = eager_attention(inputs[0], *(x.nan_to_num() for x in inputs[1:]), lengths)[0]
+        out = eager if name == "eager" else cached_attention(*inputs, slots_behind(lengths, T), 0.0, name)
+    got, eager = (Attended(x.double().cpu().numpy()) for x in (out, eager))
     truth = attention_truth(q, k, v, None, lengths_B)
-    shares = worst_share(Attended(out.double().cpu().numpy()), truth, error_bound(q, k, v, dtype, lengths_B=lengths_B))
+    shares = worst_share(got, truth, error_bound(q, k, v, dtype, lengths_B=lengths_B))
     assert shares["out"] <= 1
+    assert not beyond_twice(eager, got, truth, slack(device, dtype))
 
 
 def test_documents_are_computed_one_by_one_on_a_cpu(monkeypatch):
@@ -160,11 +201,21 @@ def kernels_in_order(*args, **options) -> list[SDPBackend]:
         return _cur_sdpa_kernel_backends(with_priority=True)
 
 
+def test_kernels_are_chosen_without_an_order_that_nobody_asked_for(monkeypatch):
+    """To leave that context would restore PyTorch's order as it was before it had put cuDNN first, at its first call."""
+    asked = []
+    monkeypatch.setattr(sdpa, "sdpa_kernel", lambda names, set_priority: asked.append(set_priority))
+    monkeypatch.setattr(sdpa, "_cudnn_trials", {(0, torch.float16): False})
+    sdpa.kernels(CudaTensor(torch.float16, False), masked=True)
+    sdpa.kernels(CudaTensor(torch.float16, True))
+    assert asked == [False, False]
+
+
 @pytest.mark.parametrize("trusted", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("training", [True, False])
 def test_cudnn_trains_once_its_trial_has_passed(monkeypatch, trusted, dtype, training):
-    monkeypatch.setattr(sdpa, "_cudnn_trials", {0: trusted})
+    monkeypatch.setattr(sdpa, "_cudnn_trials", {(0, dtype): trusted})
     got = kernels_in_order(CudaTensor(dtype, training))
     if training and dtype == torch.float16 and not trusted:
         assert got == [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -224,9 +275,22 @@ def test_a_mask_keeps_cudnn_out():
 
 
 def test_the_order_of_the_environment_is_obeyed(monkeypatch):
+    first = []
     monkeypatch.setattr(sdpa, "_order_asked_for", "math, cudnn")
+    monkeypatch.setattr(sdpa, "_let_pytorch_order_first", first.append)
     got = kernels_in_order(CudaTensor(torch.float16, True))
     assert got == [SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION]
+    assert first == [CudaTensor.device]
+
+
+@pytest.mark.parametrize(
+    ("asked", "given"), [("cudnn, math,efficient", ["math", "efficient"]), ("flash", sdpa.WITH_MASK)]
+)
+def test_the_order_of_the_environment_gives_no_mask_to_a_kernel_that_errs_with_it(monkeypatch, asked, given):
+    monkeypatch.setattr(sdpa, "_order_asked_for", asked)
+    monkeypatch.setattr(sdpa, "_let_pytorch_order_first", lambda device: None)
+    got = kernels_in_order(CudaTensor(torch.float16, False), masked=True)
+    assert got == [sdpa.KERNELS[name] for name in given]
 
 
 def test_an_unknown_kernel_in_the_environment_is_refused(monkeypatch):

@@ -1,6 +1,5 @@
 """FlashAttention, FlexAttention and the runs of tokens they take, with doubles for kernels that need a GPU."""
 
-import functools
 import types
 
 import numpy as np
@@ -12,7 +11,7 @@ from test_torch_attention import attended, documents, tensors
 from torch._dynamo.testing import CompileCounter
 
 from opt_core.errors import InputError
-from opt_torch import flash, flex
+from opt_torch import flash, flex, sdpa
 from opt_torch.attention import cached_attention, causal_attention, eager_attention
 from opt_torch.cache import slots_behind
 from opt_torch.segments import make_segments, one_by_one
@@ -27,28 +26,36 @@ PACKAGES = [
 ]
 
 
-def of_runs(q_RNH, k_RNH, v_RNH, starts, longest):
+def of_runs(q_RNH, k_RNH, v_RNH, starts, longest, *asked):
+    """Sums are in float32, as those of the kernels."""
+    calls.append(("runs", *asked))
     assert starts.dtype == torch.int32
     assert longest == starts.diff().max()
-    return one_by_one(0.0, q_RNH, k_RNH, v_RNH, starts, longest)
+    return one_by_one(0.0, q_RNH.float(), k_RNH.float(), v_RNH.float(), starts, longest).to(q_RNH.dtype)
+
+
+calls: list[tuple] = []  # of the doubles: "dense", "runs" or "cached"; dropout and whether to be deterministic
 
 
 def fake_package(name: str) -> types.ModuleType:
     """The calls of flash_attn 2.8 and of flash_attn_interface (FlashAttention 3), with their own signatures."""
 
-    def dense(q, k, v, softmax_scale, causal):
+    def dense(q, k, v, softmax_scale, causal, *asked):
+        calls.append(("dense", *asked))
         assert causal
         assert softmax_scale == 1.0
-        return eager_attention(*(x.transpose(1, 2) for x in (q, k, v)), None)[0].transpose(1, 2)
+        out = eager_attention(*(x.transpose(1, 2).float() for x in (q, k, v)), None)[0]
+        return out.transpose(1, 2).to(q.dtype)
 
-    def runs(q, k, v, starts_q, starts_k, longest_q, longest_k, softmax_scale, causal):
+    def runs(q, k, v, starts_q, starts_k, longest_q, longest_k, softmax_scale, causal, *asked):
         assert causal
         assert softmax_scale == 1.0
         assert starts_k is starts_q
         assert longest_k == longest_q
-        return of_runs(q, k, v, starts_q, longest_q)
+        return of_runs(q, k, v, starts_q, longest_q, *asked)
 
     def cached(q, k_cache, v_cache, filled_B, softmax_scale, causal):
+        calls.append(("cached",))
         assert causal
         assert softmax_scale == 1.0
         assert filled_B.dtype == torch.int32
@@ -63,14 +70,15 @@ def fake_package(name: str) -> types.ModuleType:
             q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
             alibi_slopes=None, deterministic=False, return_attn_probs=False,
         ):  # fmt: skip
-            return dense(q, k, v, softmax_scale, causal)
+            return dense(q, k, v, softmax_scale, causal, dropout_p, deterministic)
 
         def flash_attn_varlen_func(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
             causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
             return_attn_probs=False, block_table=None,
         ):  # fmt: skip
-            return runs(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal)
+            lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+            return runs(q, k, v, *lengths, softmax_scale, causal, dropout_p, deterministic)
 
         def flash_attn_with_kvcache(
             q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,
@@ -87,7 +95,9 @@ def fake_package(name: str) -> types.ModuleType:
             window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
             sm_margin=0, return_attn_probs=False,
         ):  # fmt: skip
-            return dense(q, k, v, softmax_scale, causal), "sums, which early releases return as well"
+            return dense(
+                q, k, v, softmax_scale, causal, 0.0, deterministic
+            ), "sums, which early releases return as well"
 
         def flash_attn_varlen_func(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None,
@@ -95,7 +105,8 @@ def fake_package(name: str) -> types.ModuleType:
             window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
             sm_margin=0, return_attn_probs=False,
         ):  # fmt: skip
-            return runs(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal)
+            lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+            return runs(q, k, v, *lengths, softmax_scale, causal, 0.0, deterministic)
 
         def flash_attn_with_kvcache(
             q, k_cache, v_cache, k=None, v=None, qv=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,
@@ -116,6 +127,7 @@ def fake_package(name: str) -> types.ModuleType:
 def name(request, monkeypatch):
     """An implementation as if a CPU had its kernels."""
     implementation, package = request.param
+    calls.clear()
     monkeypatch.setattr(flash, "DEVICE", "cpu")
     if package is not None:
         monkeypatch.setitem(flash.sys.modules, package, fake_package(package))
@@ -127,7 +139,7 @@ def name(request, monkeypatch):
 def is_within_the_bound(got: Attended, inputs, dtype, first_BT=None) -> bool:
     truth = attention_truth(*inputs[:3], first_BT, d_out=inputs[3])
     shares = worst_share(got, truth, error_bound(*inputs[:3], dtype, first_BT, d_out=inputs[3]))
-    return max(shares["out"], shares["d_q"]) <= 1  # the doubles sum other gradients in half precision
+    return max(shares.values()) <= 1
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["one document", "documents"])
@@ -137,22 +149,41 @@ def test_tokens_attend_among_themselves_or_within_documents(name, packed, dtype)
     first = None if first_BT is None else torch.as_tensor(first_BT)
     got = attended(lambda *qkv: causal_attention(*qkv, 0.0, first, name), "cpu", dtype, inputs)
     assert is_within_the_bound(got, inputs, dtype, first_BT)
+    if packed or flash.package(name) is not None:  # else the flash kernel of this very PyTorch
+        assert [call[0] for call in calls] == ["runs" if packed else "dense"]
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["one document", "documents"])
-def test_padding_is_computed_by_no_kernel_and_gives_zero(name, packed):
-    inputs = attention_inputs("bfloat16", B, N, T, H)
-    first_BT = torch.as_tensor(documents(T)) if packed else None
-    segments = make_segments(B, T, first_BT, LENGTHS_B, "cpu")
+def test_padding_is_computed_by_no_kernel_and_gives_zero_with_zero_gradients(name, packed):
+    inputs, first_BT = attention_inputs("bfloat16", B, N, T, H), documents(T) if packed else None
+    first = None if first_BT is None else torch.as_tensor(first_BT)
+    segments = make_segments(B, T, first, LENGTHS_B, "cpu")
     assert len(segments.index_R) == LENGTHS_B.sum()
-    q, k, v = tensors("cpu", "bfloat16", *inputs[:3])
-    for x in (q, k, v):
-        x[1, :, 5:] = torch.nan
-    out = causal_attention(q, k, v, 0.0, first_BT, name, segments)
-    want = attention_truth(*inputs[:3], None if first_BT is None else first_BT.numpy()).out
-    assert (out[1, :, 5:] == 0).all()
-    np.testing.assert_allclose(out[0].double(), want[0], atol=0.03)
-    np.testing.assert_allclose(out[1, :, :5].double(), want[1, :, :5], atol=0.03)
+    for x in inputs:  # with the gradient that arrives there, too
+        x[1, :, 5:] = np.nan
+    got = attended(lambda *qkv: causal_attention(*qkv, 0.0, first, name, segments), "cpu", "bfloat16", inputs)
+    for x in got:
+        assert (x[1, :, 5:] == 0).all()
+    for b, length in enumerate(LENGTHS_B.tolist()):
+        row, real = slice(b, b + 1), np.s_[b : b + 1, :, :length]
+        first = None if first_BT is None else first_BT[row, :length]
+        assert is_within_the_bound(Attended(*(x[real] for x in got)), [x[real] for x in inputs], "bfloat16", first)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "documents"])
+def test_packages_are_told_of_dropout_and_determinism(name, packed):
+    if flash.package(name) is None:
+        pytest.skip("PyTorch's kernels ask PyTorch")
+    first = torch.as_tensor(documents(T)) if packed else None
+    qkv = tensors("cpu", "bfloat16", *attention_inputs("bfloat16", B, N, T, H)[:3])
+    torch.use_deterministic_algorithms(True)
+    try:
+        causal_attention(*qkv, 0.0, first, name)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    dropout = 0.1 if name == "flash_attention_2" else 0.0  # the other has none
+    causal_attention(*qkv, dropout, first, name)
+    assert [call[1:] for call in calls] == [(0.0, True), (dropout, False)]
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
@@ -172,11 +203,20 @@ def test_a_model_gives_the_logits_of_eager_attention(name, padding):
     ids, mask = token_ids(config), mask_named(padding)
     model = torch_backend.random_model(config, dtype="bfloat16", attn_implementation=name)
     got = torch_backend.numpy(model(ids, attention_mask=mask).logits)
-    if padding == "left":  # with a cache
-        assert model.generate(ids, attention_mask=mask, max_new_tokens=2).shape == (len(ids), ids.shape[1] + 2)
+    behind = logits_behind_a_cache(model, ids, mask) if padding in ("none", "left") else None
     model.set_attn_implementation("eager")
     want = torch_backend.numpy(model(ids, attention_mask=mask).logits)
     assert worst_row(got, want) <= 16 * ROUNDOFF["bfloat16"]
+    if behind is not None:
+        assert worst_row(behind, logits_behind_a_cache(model, ids, mask)) <= 16 * ROUNDOFF["bfloat16"]
+
+
+def logits_behind_a_cache(model, ids, mask) -> np.ndarray:
+    """Of the last three tokens, those before them being in the cache."""
+    ids, mask = torch.as_tensor(ids), torch.ones(ids.shape) if mask is None else torch.as_tensor(mask)
+    with torch.no_grad():
+        past = model(ids[:, :-3], attention_mask=mask[:, :-3], use_cache=True).past_key_values
+        return model(ids[:, -3:], attention_mask=mask, past_key_values=past).logits.double().numpy()
 
 
 def test_a_batch_of_padding_alone_reaches_no_kernel(name):
@@ -259,6 +299,38 @@ def test_this_pytorch_has_a_kernel_for_runs_as_it_is_called():
     assert kernel(q, k, v, starts, 3).shape == q.shape
 
 
+class CudaQueries:
+    """What is asked of queries on a GPU."""
+
+    is_cuda, device = True, torch.device("cuda", 0)
+
+    def __init__(self, H: int = 64, dtype=torch.float16):
+        self.shape, self.dtype = (B, N, T, H), dtype
+
+
+@pytest.mark.parametrize(("implementation", "has"), [("flash_attention_2", (7, 5)), ("flash_attention_3", (8, 9))])
+def test_a_gpu_that_is_too_old_is_refused(monkeypatch, implementation, has):
+    monkeypatch.setattr(flash, "_capability", lambda device: has)
+    with pytest.raises(InputError, match=f"{implementation} expects a GPU of .* got {has[0]}.{has[1]}$"):
+        flash.check_call(implementation, CudaQueries(), False, 0.0)
+    monkeypatch.setattr(flash, "_capability", lambda device: (9, 0))
+    flash.check_call(implementation, CudaQueries(), False, 0.0)
+
+
+@pytest.mark.parametrize(("changes", "order", "has", "may"), [
+    ({}, "", (9, 0), True),
+    ({}, "efficient,flash", (9, 0), True),
+    ({}, "efficient,math", (9, 0), False),
+    ({}, "", (7, 5), False),
+    ({"H": 12}, "", (9, 0), False),
+    ({"dtype": torch.float32}, "", (9, 0), False),
+])  # fmt: skip
+def test_documents_run_inside_pytorch_where_its_kernel_takes_them_and_may_run(monkeypatch, changes, order, has, may):
+    monkeypatch.setattr(flash, "_capability", lambda device: has)
+    monkeypatch.setattr(sdpa, "_order_asked_for", order)
+    assert flash.may_run_inside_pytorch(CudaQueries(**changes)) is may
+
+
 # -- FlexAttention ----------------------------------------------------------------------------------------------------
 
 
@@ -266,12 +338,31 @@ def test_this_pytorch_has_a_kernel_for_runs_as_it_is_called():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_flex_attention_is_within_the_bound(monkeypatch, packed, dtype):
     """Not compiled here: the same mask, step by step."""
-    monkeypatch.setattr(flex, "_compiled", lambda: functools.partial(flex.flex_attention))
+    monkeypatch.setattr(flex, "_compiled", lambda: flex.flex_attention)
     inputs, first_BT = attention_inputs(dtype, B, N, T, H), documents(T) if packed else None
     first = None if first_BT is None else torch.as_tensor(first_BT)
     out = causal_attention(*tensors("cpu", dtype, *inputs[:3]), 0.0, first, "flex_attention")
     truth, bound = attention_truth(*inputs[:3], first_BT), error_bound(*inputs[:3], dtype, first_BT)
     assert worst_share(Attended(out.double().numpy()), truth, bound)["out"] <= 1
+
+
+def test_a_model_makes_the_mask_of_flex_attention_once_for_all_layers(monkeypatch):
+    torch_backend, config = load_backend("torch"), config_of(num_hidden_layers=3)
+    ids, mask = token_ids(config), mask_named("left")
+    documents = np.minimum(np.cumsum(mask, axis=1), 2) * mask  # the first real token, and the others
+    model = torch_backend.random_model(config, attn_implementation="flex_attention")
+    monkeypatch.setattr(flex, "_compiled", lambda: flex.flex_attention)
+    made, make = [], flex.create_block_mask
+    monkeypatch.setattr(flex, "create_block_mask", lambda *args, **options: made.append(1) or make(*args, **options))
+    with torch.no_grad():
+        for segment_ids in (None, torch.as_tensor(documents)):
+            model.set_attn_implementation("flex_attention")
+            made.clear()
+            got = torch_backend.numpy(model(ids, attention_mask=mask, segment_ids=segment_ids).logits)
+            assert len(made) == 1
+            model.set_attn_implementation("eager")
+            want = torch_backend.numpy(model(ids, attention_mask=mask, segment_ids=segment_ids).logits)
+            assert worst_row(got, want) <= 64 * ROUNDOFF["float32"]
 
 
 def test_flex_attention_stays_compiled_beyond_the_limit_of_pytorch(monkeypatch):
