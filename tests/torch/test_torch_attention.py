@@ -202,7 +202,7 @@ def kernels_in_order(*args, **options) -> list[SDPBackend]:
 
 
 def test_kernels_are_chosen_without_an_order_that_nobody_asked_for(monkeypatch):
-    """To leave that context would restore PyTorch's order as it was before it had put cuDNN first, at its first call."""
+    """To leave it would restore the order from before PyTorch had put cuDNN first, at its first call."""
     asked = []
     monkeypatch.setattr(sdpa, "sdpa_kernel", lambda names, set_priority: asked.append(set_priority))
     monkeypatch.setattr(sdpa, "_cudnn_trials", {(0, torch.float16): False})

@@ -22,7 +22,7 @@ def recordings(monkeypatch) -> list:
 
     def record(step, device):
         made.append(step)
-        if torch.cuda.is_available():
+        if torch.device(device).type == "cuda":
             return real(step, device)
         for _ in range(cuda_graph.WARM_UP_RUNS):
             step()
@@ -42,8 +42,9 @@ def both_ways(model, monkeypatch, *args, **options) -> tuple[np.ndarray, np.ndar
     return out[0], out[1]
 
 
-def model_on(device: str, **changes):
-    return load_backend("torch").random_model(config_of(max_position_embeddings=211, **changes)).to(device)
+def model_on(device: str, dtype: str = "float32", **changes):
+    config = config_of(max_position_embeddings=211, **changes)
+    return load_backend("torch").random_model(config, dtype=dtype).to(device)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -55,6 +56,29 @@ def test_recorded_steps_give_the_same_tokens(device, layers, recordings, monkeyp
     recorded, stepped = both_ways(model, monkeypatch, ids_BT, mask_BT, 31, eos_token_id=())
     assert recorded.shape == (4, 44)
     assert (recorded == stepped).all()
+    assert len(recordings) == 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_recorded_steps_give_the_same_tokens_in_half_precision(device, dtype, recordings, monkeypatch):
+    model = model_on(device, dtype, hidden_size=128, num_attention_heads=2)
+    recorded, stepped = both_ways(model, monkeypatch, token_ids(model.config), None, 31, eos_token_id=())
+    assert (recorded == stepped).all()
+    assert len(recordings) == 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("then", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_a_step_outlives_the_mode_it_was_recorded_in(device, first, then, recordings, monkeypatch):
+    """A tensor made in inference mode cannot be written to outside of it."""
+    model = model_on(device)
+    ids_BT = token_ids(model.config)
+    for mode in (first, then):
+        with mode():
+            recorded, stepped = both_ways(model, monkeypatch, ids_BT, None, 11, eos_token_id=())
+        assert (recorded == stepped).all()
     assert len(recordings) == 1
 
 
@@ -157,12 +181,19 @@ def test_a_step_is_recorded_on_the_device_of_its_model(monkeypatch):
         def replay(self): ...
 
     fakes = dict(device=device, Stream=Made, CUDAGraph=Made, current_stream=Made)
-    fakes |= dict.fromkeys(("stream", "graph"), contextlib.nullcontext)
+    graph_options: dict = {}
+
+    def graph(made, **options):
+        graph_options.update(options)
+        return contextlib.nullcontext()
+
+    fakes |= dict(stream=contextlib.nullcontext, graph=graph)
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     replay = cuda_graph.record_graph(lambda: seen.append(current[-1]), torch.device("cuda:1"))
     replay()
     assert set(seen) == {"cuda:1"}
+    assert isinstance(graph_options["stream"], Made)  # of this device; PyTorch's own is of the first one
     assert len(seen) == 4 + cuda_graph.WARM_UP_RUNS + 1  # two current streams, one stream, one graph
 
 
