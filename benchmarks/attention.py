@@ -52,11 +52,14 @@ PARTS = ("attention", "training", "inference")
 PEER = "transformers"
 FUSED = "sdpa"
 MORE_ATTENTION = {  # for attention alone; each says where it does not run
-    "torch": ("flash_attention_2", "flex_attention", "library:cudnn", "library:flash", "library:efficient"),
+    "torch": ("flash_attention_2", "library:cudnn", "library:flash", "library:efficient", "flex_attention"),
     "tf": ("cudnn",),
     "flax": ("cudnn", "pallas"),
 }
-START_SECONDS = {"torch": 6, "tf": 20, "flax": 20, PEER: 12}  # imports and compilation
+START_SECONDS = {  # imports and compilation
+    "cpu": {"torch": 6, "tf": 20, "flax": 20, PEER: 12},
+    "cuda": {"torch": 10, "tf": 30, "flax": 45, PEER: 15},
+}
 RATE_SHARE = 0.4  # of the matrix rate, for estimates
 SCORE_BYTES = {"torch": 5, "tf": 5, "flax": 10, PEER: 5}  # of a float32 score that eager keeps for gradients, about
 CONDITIONS = (  # of a document, that --keep wants the same
@@ -87,10 +90,7 @@ def main() -> int:
     config = config_of(source)
     document: dict[str, Any] = {"schema": SCHEMA, **describe_conditions(options, config), "results": []}
     earlier = keep_earlier(options.keep, document) if options.keep else {}
-    ceilings = {
-        dtype: run_process("opt_zoo.bench.ceilings", [options.device, dtype], options.device, 120)
-        for dtype in options.dtypes
-    }
+    ceilings = {dtype: ceilings_of(options.device, dtype) for dtype in options.dtypes}
     document["ceilings"] = ceilings
     with tempfile.TemporaryDirectory() as parent:
         folders = {}
@@ -103,10 +103,18 @@ def main() -> int:
             document["results"].append(row)
             print(f"{' '.join(map(str, cell))}: {row['status']} {row['reason']}", file=sys.stderr, flush=True)
             write(document, options)
-    write(document, options)
+    draw(document, options)
     print(to_markdown(document))
     print(json.dumps(document, allow_nan=False))
     return 1 if any(failures(row) for row in document["results"]) else 0
+
+
+def ceilings_of(device: str, dtype: str) -> dict[str, Any]:
+    """Without them shares are unknown, times are not."""
+    try:
+        return run_process("opt_zoo.bench.ceilings", [device, dtype], device, 120)
+    except WorkerError as error:
+        return {"bytes_per_second": None, "flops_per_second": None, "failed": str(error)}
 
 
 def parse_options() -> argparse.Namespace:
@@ -209,7 +217,11 @@ def run_cell(
     try:
         results = measure(cell, names, options, config, min(left, max(180, 4 * need.seconds)), folder)
     except WorkerError as error:
-        return {**row, "status": "failed", "reason": str(error)}
+        results = error.partial | {
+            name: {"failed": str(error)} for name in names if not is_timed(error.partial.get(name, {}))
+        }
+        if not any(map(is_timed, results.values())):
+            return {**row, "status": "failed", "reason": str(error)}
     row["seconds"], row["load_average"] = round(time.perf_counter() - start, 1), load_average
     if "not_run" in results:
         return {**row, "status": "not run", "reason": results["not_run"]}
@@ -220,6 +232,10 @@ def run_cell(
             if rate and "step_seconds" in result:
                 result["matrix_rate_share"] = flops / result["step_seconds"] / rate
     return {**row, "status": "ok", "reason": "", "results": left_out | results}
+
+
+def is_timed(result: dict[str, Any]) -> bool:
+    return any(key.endswith("_seconds") for key in result)
 
 
 def implementations(cell: Cell) -> tuple[str, ...]:
@@ -293,10 +309,10 @@ def estimate(
     item, weights = ITEM_BYTES[cell.dtype], parameter_count(config) * ITEM_BYTES[cell.dtype]
     rows = cell.batch * cell.length
     square = cell.batch * config.num_attention_heads * cell.length**2
-    start = START_SECONDS[cell.contestant] + weights / 2e8
+    start = START_SECONDS[options.device][cell.contestant] + weights / 2e8
     if cell.part == "attention":
         call = 4 * 4 * square * config.head_size / rate
-        return Need(START_SECONDS[cell.contestant] + (2 + 2) * 2 * call, 20 * square + 5e8)
+        return Need(START_SECONDS[options.device][cell.contestant] + (2 + 2) * 2 * call, 20 * square + 5e8)
     if cell.part == "training":
         turn = len(names) * training_flops(cell, config) / rate
         timed = max(turn, min(options.seconds, options.runs * turn))
@@ -322,9 +338,14 @@ def write(document: dict[str, Any], options: argparse.Namespace) -> None:
         Path(options.output).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
     if options.markdown:
         Path(options.markdown).write_text(to_markdown(document))
-    if options.plot and document["results"] and importlib.util.find_spec("matplotlib") is None:
+
+
+def draw(document: dict[str, Any], options: argparse.Namespace) -> None:
+    if not (options.plot and document["results"]):
+        return
+    if importlib.util.find_spec("matplotlib") is None:
         print(f"{options.plot}: not drawn, matplotlib is not installed", file=sys.stderr)
-    elif options.plot and document["results"]:
+    else:
         write_plot(document, options.plot)
 
 

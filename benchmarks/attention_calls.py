@@ -73,11 +73,27 @@ class Calls(abc.ABC):
         return (from_here if part == "attention" else self.imported).growth
 
     def random_qkv(self) -> list[np.ndarray]:
-        """Query, key, value and the gradient of the output, [B, N, T, H] float32; the query is scaled already."""
-        shape = (self.job.batch, self.config.num_attention_heads, self.job.length, self.config.head_size)
+        """Query, key, value and the gradient of the output, [B, N, T, H] float32; the query is scaled already.
+
+        On a GPU [B, T, N, H], as they lie in a model, where kernels that want another order have to change it.
+        """
+        shape = [self.job.batch, self.config.num_attention_heads, self.job.length, self.config.head_size]
+        if self.job.device == "cuda":
+            shape[1:3] = reversed(shape[1:3])
         rng = np.random.default_rng(0)
         q, k, v, d_out = (rng.standard_normal(shape, np.float32) for _ in range(4))
         return [q * np.float32(self.config.head_size**-0.5), k, v, d_out]
+
+    def as_in_a_model(self, attend: Callable[..., Any]) -> Callable[..., Any]:
+        """`attend` of [B, N, T, H] for what `random_qkv` returns."""
+        if self.job.device == "cpu":
+            return attend
+        swap = self.swap
+        return lambda *qkv: swap(attend(*map(swap, qkv)))
+
+    @abc.abstractmethod
+    def swap(self, x: Any) -> Any:
+        """[B, T, N, H] to [B, N, T, H], and back."""
 
     def random_ids(self) -> np.ndarray:
         shape = self.job.batch, self.job.length
@@ -107,7 +123,7 @@ class Torch(Calls):
         return self.torch.from_numpy(array).to(self.job.device, getattr(self.torch, self.job.dtype))
 
     def attention(self, implementation: str) -> dict[str, Call]:
-        attend, torch = self._attend(implementation), self.torch
+        attend, torch = self.as_in_a_model(self._attend(implementation)), self.torch
         *qkv, d_out = map(self.tensor, self.random_qkv())
         leaves = [x.clone().requires_grad_() for x in qkv]
 
@@ -116,6 +132,9 @@ class Torch(Calls):
                 return attend(*qkv)
 
         return {"forward": forward, "both": lambda: torch.autograd.grad(attend(*leaves), leaves, d_out)}
+
+    def swap(self, x):
+        return x.transpose(1, 2)
 
     def _attend(self, implementation: str) -> Callable[..., Any]:
         """`library:NAME` is a kernel of PyTorch's `scaled_dot_product_attention`, called as a user would."""
@@ -219,6 +238,7 @@ class TensorFlow(Calls):
         tf = self.tf
         *qkv, d_out = (tf.constant(x, self.job.dtype) for x in self.random_qkv())
 
+        @self.as_in_a_model
         def attend(q, k, v):
             if implementation == "eager":
                 return eager_attention(q, k, v, None)[0]
@@ -232,6 +252,9 @@ class TensorFlow(Calls):
 
         forward, both = self._compile(attend), self._compile(both)
         return {"forward": lambda: forward(*qkv), "both": lambda: both(*qkv, d_out)}
+
+    def swap(self, x):
+        return self.tf.transpose(x, [0, 2, 1, 3])
 
     def training(self, implementation: str) -> dict[str, Call]:
         if self._model is None:
@@ -301,6 +324,7 @@ class Flax(Calls):
         check_implementation(implementation, self.config, jax.numpy.dtype(self.job.dtype))
         *qkv, d_out = (jax.numpy.asarray(x, self.job.dtype) for x in self.random_qkv())
 
+        @self.as_in_a_model
         def attend(q, k, v):
             if implementation == "eager":
                 return eager_attention(q, k, v, None)[0]
@@ -314,6 +338,9 @@ class Flax(Calls):
             "forward": Compiled(jax.jit(attend), lambda: tuple(qkv)),
             "both": Compiled(jax.jit(both), lambda: (*qkv, d_out)),
         }
+
+    def swap(self, x):
+        return x.swapaxes(1, 2)
 
     def training(self, implementation: str) -> dict[str, Call]:
         nnx, optax, jax = (importlib.import_module(name) for name in ("flax.nnx", "optax", "jax"))

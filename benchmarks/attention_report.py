@@ -49,12 +49,14 @@ def table(part: str, rows: list[dict[str, Any]], document: dict[str, Any]) -> li
 
 
 def pair_table(part: str, rows: list[dict[str, Any]], fused: str) -> list[str]:
-    """Eager beside fused, a line for each batch and length."""
+    """Eager beside fused, a line for each batch and length; of inference the prompt as well."""
     what = "per batch, s" if part == "training" else "per token, ms"
     scale = 1 if part == "training" else 1e3
     heading = ["batch", "length", f"{what}: eager", fused, "speed-up, %", "memory, MB: eager", fused, "saving, %"]
     shares = part == "training" and any("matrix_rate_share" in r for row in rows for r in row["results"].values())
     heading += [f"of matrix rate, %: eager, {fused}"] if shares else []
+    prefills = part == "inference"
+    heading += ["prompt, ms: eager", fused, "speed-up, %"] if prefills else []
     heading.append("")
     lines = [line(heading), line(["---"] * len(heading))]
     for row in sorted(rows, key=lambda row: (row["batch"], row["length"])):
@@ -63,6 +65,12 @@ def pair_table(part: str, rows: list[dict[str, Any]], fused: str) -> list[str]:
         cells = [row["batch"], row["length"], *(number(value, scale, 3 if scale == 1 else 1) for value in seconds)]
         cells += [percent(seconds, lambda eager, fast: eager / fast - 1)]
         cells += [*(number(value, 1e-6, 0) for value in nbytes), percent(nbytes, lambda eager, less: 1 - less / eager)]
+        if prefills:
+            prompts = [result.get("prefill_seconds") for result in pair]
+            cells += [
+                *(number(value, 1e3, 1) for value in prompts),
+                percent(prompts, lambda eager, fast: eager / fast - 1),
+            ]
         if shares:
             cells.append(", ".join(filter(None, (number(r.get("matrix_rate_share"), 100, 0) for r in pair))))
         lines.append(line([*cells, reason(row)]))

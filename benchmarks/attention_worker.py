@@ -9,7 +9,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from benchmarks.attention_calls import CALLS, NotHere
@@ -19,6 +20,8 @@ from opt_zoo.bench.memory import PeakMemory, peak_gpu_bytes
 from opt_zoo.bench.peers import TransformersTorch
 from opt_zoo.bench.worker import Job as Generation
 from opt_zoo.bench.worker import measure_seconds, prompt
+
+SAMPLE_SECONDS = 0.05  # of a GPU
 
 
 class Job(NamedTuple):
@@ -58,11 +61,16 @@ def measure(job: Job) -> dict[str, Any]:
         except (InputError, NotHere, NotImplementedError) as reason:
             results[name] = {"not_run": " ".join(str(reason).split())}
         except Exception as error:  # such as a GPU's memory being too small
-            results[name] = {"failed": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
+            results[name] = {"failed": described(error)}
+        print(json.dumps(results), flush=True)  # all that is known, should what follows not end
     timed = {(name, what): call for name in prepared for what, call in prepared[name].items() if ran(results[name])}
-    first = 1 if job.part == "attention" else 0  # milliseconds depend on whose memory the caches hold
-    for (name, what), seconds in in_turn(timed, calls.wait, job.runs, job.seconds, first).items():
-        results[name] |= {f"{what}_seconds": statistics.median(seconds), "runs": len(seconds)}
+    for seconds, failed in in_turn(timed, calls.wait, job):
+        for (name, what), samples in seconds.items():
+            if samples:
+                results[name] |= {f"{what}_seconds": statistics.median(samples), "runs": len(samples)}
+        for (name, _), reason in failed.items():
+            results[name] = {"failed": reason}
+        print(json.dumps(results), flush=True)
     return {name: results[name] for name in job.implementations}
 
 
@@ -71,24 +79,46 @@ def ran(result: dict[str, Any]) -> bool:
 
 
 def in_turn(
-    calls: dict[tuple[str, str], Callable[[], Any]], wait: Callable[[Any], Any], runs: int, limit: float, first: int = 0
-) -> dict[tuple[str, str], list[float]]:
-    """The seconds of each call, after `first` others of it in each turn that are not timed.
+    calls: dict[tuple[str, str], Callable[[], Any]], wait: Callable[[Any], Any], job: Job
+) -> Iterator[tuple[dict[tuple[str, str], list[float]], dict[tuple[str, str], str]]]:
+    """After each turn the seconds of each call so far, and why those that failed did.
 
-    Turns end when there were `runs` of them, or `limit` seconds are over.
+    Before a sample of attention alone, and of all on a GPU, comes a call that is not timed: milliseconds depend on
+    whose memory the caches hold. On a GPU a sample is the mean of as many calls in a row as fill `SAMPLE_SECONDS`, so
+    that it does not wait for Python. Turns end when there were `job.runs` of them, or `job.seconds` are over.
     """
+    on_gpu = job.device == "cuda"
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
+    failed: dict[tuple[str, str], str] = {}
     begin = time.perf_counter()
-    for _ in range(runs if calls else 0):
-        for key, call in calls.items():
-            for _ in range(first):
-                wait(call())
-            start = time.perf_counter()
-            wait(call())
-            seconds[key].append(time.perf_counter() - start)
-        if time.perf_counter() - begin > limit:
-            break
-    return seconds
+    for _ in range(job.runs if calls else 0):
+        for key in (key for key in calls if key not in failed):
+            try:
+                repeats = 1
+                if on_gpu or job.part == "attention":
+                    once = seconds_of(calls[key], wait)
+                    repeats = max(1, int(SAMPLE_SECONDS / once)) if on_gpu else 1
+                seconds[key].append(seconds_of(calls[key], wait, repeats))
+            except Exception as error:
+                failed[key] = described(error)
+        yield seconds, failed
+        if time.perf_counter() - begin > job.seconds:
+            return
+
+
+def seconds_of(call: Callable[[], Any], wait: Callable[[Any], Any], repeats: int = 1) -> float:
+    """The mean of so many calls in a row."""
+    start = time.perf_counter()
+    for _ in range(repeats):
+        result = call()
+    wait(result)
+    return (time.perf_counter() - start) / repeats
+
+
+def described(error: Exception) -> str:
+    """Its first line; the traceback goes to stderr."""
+    traceback.print_exception(error)
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 # -- inference: the measurement of `opt-zoo bench`, with an implementation of attention -------------------------------

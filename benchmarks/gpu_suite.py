@@ -2,11 +2,13 @@
 
     python benchmarks/gpu_suite.py --minutes 10 --python PYTHON --output benchmarks/results/gpu-DATE
 
-Tests first, each file in a process of its own, TF32 off; then the benchmarks, each with its share of the time that is
-left. Nothing is installed or downloaded. What is not installed is said at once, and what needs it is not run, which is
-not passed. A test has a minute; a part that outlives its share is stopped, says in which test, and keeps what it had.
-The folder gets results.json, results.md, and what each part wrote. Exit code 1 where a part failed, 2 where there is no
-GPU (`--device cpu --quick` tries the path without one).
+Tests first, each file in a process of its own and some side by side, TF32 off; then the benchmarks, each with its share
+of the time that is left. Nothing is installed or downloaded. What is not installed is said at once, and what needs it
+is not run, which is not passed. A test has a minute; a part that outlives its share is stopped, says in which test, and
+keeps what it had. Where a test takes its process down, as an illegal address on a GPU does, the others run in another.
+The folder gets results.json, results.md with the goals that are met and those that are not, a picture of each
+benchmark, and in `details` what each part wrote. Exit code 1 where a part failed, 2 where there is no GPU (`--device
+cpu --quick` tries the path without one), 3 where nothing was run.
 """
 
 import argparse
@@ -20,19 +22,21 @@ import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from opt_zoo.environment import commit, gpu_model, has_gpu, processor_model  # noqa: E402
+from opt_zoo.environment import commit, gpu_driver, gpu_model, has_gpu, processor_model  # noqa: E402
 
 SCHEMA = "opt-zoo/gpu-suite/1"
-FRAMEWORKS = {"torch": ("torch",), "tf": ("tensorflow", "keras"), "flax": ("jax", "flax")}
-PACKAGES = ("torch", "tensorflow", "keras", "jax", "jaxlib", "flax", "transformers", "triton", "numpy")
-NEEDED = ("h5py", "ml-dtypes", "msgpack", "numpy", "rich", "tokenizers")  # by every part
+FRAMEWORKS = {"torch": ("torch",), "tf": ("tensorflow", "keras"), "flax": ("jax", "flax", "optax")}
+PACKAGES = ("torch", "tensorflow", "keras", "jax", "jaxlib", "flax", "optax", "transformers", "triton", "numpy")
+PACKAGES += ("nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "jax-cuda12-plugin", "jax-cuda13-plugin", "flash-attn")
+NEEDED = ("ml-dtypes", "msgpack", "numpy", "rich", "tokenizers")  # by every part
 NEEDED_BY_TESTS = (*NEEDED, "pytest", "pytest-timeout")
 # Few machines have it beside a GPU, and only the hashes of checkpoints that a part writes for itself are made with it.
 STAND_IN = """import hashlib
@@ -40,11 +44,23 @@ STAND_IN = """import hashlib
 def blake3(data=b"", **options):
     return hashlib.blake2b(data, digest_size=32)
 """
-ON_GPU = {"JAX_PLATFORMS": "cuda,cpu", "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_FORCE_GPU_ALLOW_GROWTH": "true"}
+ON_GPU = {
+    "JAX_PLATFORMS": "cuda,cpu",
+    "JAX_TRACEBACK_FILTERING": "off",  # else the last line of each error is a note on that
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
+    "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+}
 ON_CPU = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "-1"}
-WITHOUT_TF32 = {"NVIDIA_TF32_OVERRIDE": "0", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+IN_TESTS = {"NVIDIA_TF32_OVERRIDE": "0", "OMP_NUM_THREADS": "4"}
+DETAILS = "details"
 QUICK_TO_COMPILE = "--xla_gpu_autotune_level=0"  # XLA would time several kernels for each product of each test
+RESERVE_SECONDS = 15  # of all minutes, for the report
+TESTS_SHARE = 0.4  # of the time, for all tests
+PROCESSORS_A_TEST = 4  # a file of tests more runs for each so many
 MARGIN_SECONDS = 8  # between the end of a benchmark's budget and that of its process
+LOG_CHARACTERS = 4000  # of a part that did not succeed
+MESSAGE_CHARACTERS = 300  # of a test that failed
 LEAST_SECONDS = 5  # below it a part is not begun
 TEST_SECONDS = 60  # for one test, compilation with it
 OUTCOME = re.compile(r"^(?P<test>\S+::.*?)(?: (?P<outcome>PASSED|FAILED|ERROR|SKIPPED)\b.*)?$")
@@ -55,10 +71,13 @@ class Part(NamedTuple):
 
     name: str
     command: list[str]
-    share: float  # of the time that is left when the part before it has ended
+    share: float  # of the time that is left when it begins
     environment: dict[str, str]
     kind: str  # "tests" or "benchmark"
     lacks: str = ""  # what is not installed
+
+    def file(self, folder: Path, ending: str) -> Path:
+        return folder / DETAILS / f"{self.name.replace(' ', '-')}.{ending}"
 
 
 def main() -> int:
@@ -66,21 +85,21 @@ def main() -> int:
     if options.device == "cuda" and not sees_gpu():
         print("no NVIDIA GPU that this process may use: nothing was run (--device cpu --quick tries the path)")
         return 2
-    folder = Path(options.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + 60 * options.minutes
+    folder = Path(options.output).absolute()
+    (folder / DETAILS).mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * options.minutes - RESERVE_SECONDS
     versions = versions_of(options.python)
     notes = notes_on(versions)
     print("\n".join(notes), file=sys.stderr, flush=True)
     document: dict[str, Any] = {"schema": SCHEMA, **conditions(options, versions), "notes": notes, "parts": []}
-    for part in make_parts(options, versions, folder):
-        result = run_part(part, folder, deadline)
+    for result in run_parts(list(make_parts(options, versions, folder)), folder, deadline):
         document["parts"].append(result)
-        print(f"{part.name}: {result['status']} {result['reason']}", file=sys.stderr, flush=True)
+        print(f"{result['name']}: {result['status']} {result['reason']}", file=sys.stderr, flush=True)
         write(document, folder)
     print(to_markdown(document, folder))
     print(json.dumps({**document, "parts": [short(part) for part in document["parts"]]}, allow_nan=False))
-    return 1 if any(part["status"] == "failed" for part in document["parts"]) else 0
+    statuses = {part["status"] for part in document["parts"]}
+    return 1 if "failed" in statuses else 0 if statuses & {"passed", "ok"} else 3
 
 
 def sees_gpu() -> bool:
@@ -106,6 +125,7 @@ def conditions(options: argparse.Namespace, versions: dict[str, str]) -> dict[st
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": options.device,
         "gpu": gpu_model() if options.device == "cuda" else None,
+        "driver": gpu_driver() if options.device == "cuda" else None,
         "processor": processor_model(),
         "versions": {name: versions[name] for name in ("python", *PACKAGES) if name in versions},
         "minutes": options.minutes,
@@ -152,7 +172,7 @@ def make_parts(options: argparse.Namespace, versions: dict[str, str], folder: Pa
 
 def write_stand_in(folder: Path) -> Path:
     """The folder of a module `blake3` with another hash of the same length."""
-    place = folder.absolute() / "stand-ins"
+    place = folder / DETAILS / "stand-ins"
     place.mkdir(exist_ok=True)
     (place / "blake3.py").write_text(STAND_IN)
     return place
@@ -169,8 +189,9 @@ def parts_of_tests(options, versions: dict[str, str], where: dict[str, str], fol
             command = [options.python, "-m", "pytest", "-v", "-p", "no:cacheprovider", path]
             command += [f"--timeout={TEST_SECONDS}", "--backends", group if group in FRAMEWORKS else "torch"]
             command += ["-m", "gpu" if options.device == "cuda" else "not gpu and not slow and not hub"]
-            command += [f"--junitxml={folder / name.replace(' ', '-')}.xml"]
-            yield Part(name, command, 0.4, {**where, **WITHOUT_TF32, "XLA_FLAGS": flags}, "tests", lacks)
+            part = Part(name, command, 1.0, {**where, **IN_TESTS, "XLA_FLAGS": flags}, "tests", lacks)
+            command.append(f"--junitxml={part.file(folder, 'xml')}")
+            yield part
 
 
 def gpu_test_files() -> dict[str, list[str]]:
@@ -190,21 +211,29 @@ def quick_test(backend: str) -> str:
 def benchmark_parts(options, versions: dict[str, str], where: dict[str, str], folder: Path) -> Iterable[Part]:
     for name, share, arguments in quick_benchmarks() if options.quick else gpu_benchmarks():
         command = [options.python, str(ROOT / "benchmarks/attention.py"), "--device", options.device, *arguments]
-        command += [f"--{what}={folder / f'{name}.{end}'}" for what, end in OUTPUTS]
-        yield Part(name, command, share, where, "benchmark", missing(NEEDED, versions))
+        part = Part(name, command, share, where, "benchmark", missing(NEEDED, versions))
+        command += [f"--{what}={part.file(folder, ending)}" for what, ending in OUTPUTS]
+        command.append(f"--plot={folder / name}.png")
+        yield part
 
 
-OUTPUTS = (("output", "json"), ("markdown", "md"), ("plot", "png"))
+OUTPUTS = (("output", "json"), ("markdown", "md"))
 
 
 def gpu_benchmarks() -> list[tuple[str, float, list[str]]]:
-    """The shapes that say most, first: a process starts and compiles for half a minute, and there are a few minutes."""
-    large = ["--size", "opt-1.3b", "--batches", "8", "--seconds", "3"]
+    """What decides the goals, first: a process starts and compiles for half a minute, and there are a few minutes."""
+    against = ["--contestants", "torch,transformers,flax", "--dtypes", "bfloat16"]
+    training = ["--parts", "training", "--lengths", "2048", "--runs", "5", "--seconds", "3", *against]
+    alone = ["--parts", "attention", "--lengths", "2048", "--runs", "20", "--seconds", "3"]
+    inference = ["--parts", "inference", "--lengths", "1024", "--new-tokens", "129", "--runs", "3", *against]
     return [
-        ("training-1.3b", 0.5, ["--parts", "training", "--dtypes", "bfloat16", "--lengths", "512,2048", *large]),
-        ("attention", 0.5, ["--parts", "attention", "--dtypes", "bfloat16,float32", "--lengths", "2048", *large]),
-        ("training-125m", 0.5, ["--parts", "training", "--dtypes", "bfloat16,float32", "--seconds", "3"]),
-        ("inference-125m", 1.0, ["--parts", "inference", "--dtypes", "bfloat16", "--lengths", "128,1024"]),
+        ("training-1.3b", 0.35, ["--size", "opt-1.3b", "--batches", "8", *training]),
+        ("attention-64", 0.3, ["--size", "opt-1.3b", "--batches", "8", "--dtypes", "bfloat16", *alone]),
+        ("inference-125m", 0.4, ["--batches", "1,8", *inference]),
+        ("attention-80", 0.3, ["--size", "opt-2.7b", "--batches", "8", "--dtypes", "bfloat16", *alone]),
+        ("attention-128", 0.4, ["--size", "opt-6.7b", "--batches", "8", "--dtypes", "bfloat16", *alone]),
+        ("attention-float32", 0.5, ["--size", "opt-1.3b", "--batches", "2", "--dtypes", "float32", *alone]),
+        ("training-125m", 1.0, ["--batches", "1,8", *training]),
     ]
 
 
@@ -216,22 +245,67 @@ def quick_benchmarks() -> list[tuple[str, float, list[str]]]:
 # -- running ----------------------------------------------------------------------------------------------------------
 
 
+def run_parts(parts: list[Part], folder: Path, deadline: float) -> Iterator[dict[str, Any]]:
+    """Tests side by side, as many as there are processors for, in their share of the time; then benchmarks in turn."""
+    tests = [part for part in parts if part.kind == "tests"]
+    until = time.monotonic() + TESTS_SHARE * (deadline - time.monotonic())
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // PROCESSORS_A_TEST)) as pool:
+        yield from pool.map(lambda part: run_part(part, folder, until), tests)
+    for part in parts:
+        if part.kind == "benchmark":
+            yield run_part(part, folder, deadline)
+
+
 def run_part(part: Part, folder: Path, deadline: float) -> dict[str, Any]:
     """A row of the result; `status` is "passed" (of tests), "ok", "not run" or "failed"."""
+    for ending in ("json", "md", "xml", "log"):
+        part.file(folder, ending).unlink(missing_ok=True)  # of an earlier run
     left = deadline - time.monotonic()
     if part.lacks:
         return row(part, "not run", part.lacks)
     if left < LEAST_SECONDS:
         return row(part, "not run", "no time was left")
     limit = max(LEAST_SECONDS, part.share * left)
-    command = list(part.command)
-    if part.kind == "benchmark":
-        command.append(f"--budget={max(1.0, limit - MARGIN_SECONDS):.0f}")
     start = time.monotonic()
-    code = run_process(command, part.environment, folder / f"{part.name.replace(' ', '-')}.log", limit)
+    judged = run_tests(part, folder, limit) if part.kind == "tests" else run_benchmark(part, folder, limit)
+    if judged["status"] not in ("passed", "ok"):
+        judged["log_tail"] = part.file(folder, "log").read_text(errors="replace")[-LOG_CHARACTERS:]
     seconds = round(time.monotonic() - start, 1)
-    judged = judge_tests(part, folder, code) if part.kind == "tests" else judge_benchmark(part, folder, code)
-    return {**judged, "seconds": seconds, "limit_seconds": round(limit, 1), "command": " ".join(command)}
+    return {**judged, "seconds": seconds, "limit_seconds": round(limit, 1), "command": " ".join(part.command)}
+
+
+def run_benchmark(part: Part, folder: Path, limit: float) -> dict[str, Any]:
+    command = [*part.command, f"--budget={max(1.0, limit - MARGIN_SECONDS):.0f}"]
+    return judge_benchmark(part, folder, run_process(command, part.environment, part.file(folder, "log"), limit))
+
+
+def run_tests(part: Part, folder: Path, limit: float) -> dict[str, Any]:
+    """Those behind a test that takes its process down run in another one."""
+    until = time.monotonic() + limit
+    died: list[dict[str, Any]] = []
+    seen: list[str] = []
+    while True:
+        command = [*part.command, *(f"--deselect={name}" for name in seen)]
+        code = run_process(command, part.environment, part.file(folder, "log"), until - time.monotonic())
+        judged = judge_tests(part, folder, code)
+        more = [name for name in judged.get("seen", ()) if name not in seen]
+        if code is None or not more or until - time.monotonic() < LEAST_SECONDS:
+            return with_those_that_died(judged, died)
+        died.append(judged)
+        seen += more
+
+
+def with_those_that_died(last: dict[str, Any], died: list[dict[str, Any]]) -> dict[str, Any]:
+    """One row of the processes for the same tests."""
+    if not died:
+        return last
+    everything = [*died, last]
+    counts = Counter()
+    for judged in everything:
+        counts.update(judged.get("counts", {}))
+    reasons = [judged["reason"] for judged in everything if judged["reason"]]
+    failed = [name for judged in everything for name in judged.get("failed", ())]
+    return {**last, "status": "failed", "reason": "; ".join(reasons), "counts": dict(counts), "failed": failed}
 
 
 def run_process(command: list[str], environment: dict[str, str], log: Path, limit: float) -> int | None:
@@ -257,7 +331,7 @@ def row(part: Part, status: str, reason: str = "", **more: Any) -> dict[str, Any
 
 def judge_tests(part: Part, folder: Path, code: int | None) -> dict[str, Any]:
     """By pytest's exit code and its counts; where every test was skipped, none has passed."""
-    file = folder / f"{part.name.replace(' ', '-')}.xml"
+    file = part.file(folder, "xml")
     if code is None:
         return judge_stopped_tests(part, folder, "stopped at the end of its time")
     if not file.exists():
@@ -266,9 +340,9 @@ def judge_tests(part: Part, folder: Path, code: int | None) -> dict[str, Any]:
     counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
     counts["passed"] = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
     names = [
-        f"{case.get('classname')}::{case.get('name')}"
+        f"{case.get('classname')}::{case.get('name')}: {bad[0].get('message', '')[:MESSAGE_CHARACTERS]}"
         for case in suite.iter("testcase")
-        if case.find("failure") is not None or case.find("error") is not None
+        if (bad := [*case.iter("failure"), *case.iter("error")])
     ]
     if code == 0 and counts["passed"]:
         return row(part, "passed", counts=counts, failed=names)
@@ -278,7 +352,7 @@ def judge_tests(part: Part, folder: Path, code: int | None) -> dict[str, Any]:
 
 def judge_stopped_tests(part: Part, folder: Path, reason: str) -> dict[str, Any]:
     """Of a process that hung or crashed, by what pytest had printed."""
-    lines = (folder / f"{part.name.replace(' ', '-')}.log").read_text(errors="replace").splitlines()
+    lines = part.file(folder, "log").read_text(errors="replace").splitlines()
     found = [match for line in lines if (match := OUTCOME.match(line.rstrip()))]
     outcomes = Counter(match["outcome"] for match in found)
     unfinished = [match["test"] for match in found if match["outcome"] is None][-1:]
@@ -286,22 +360,25 @@ def judge_stopped_tests(part: Part, folder: Path, reason: str) -> dict[str, Any]
     counts |= {"skipped": outcomes["SKIPPED"], "passed": outcomes["PASSED"]}
     reason += f", in {unfinished[0]}" if unfinished else f": {last_line(folder, part)}"
     failed = [match["test"] for match in found if match["outcome"] in ("FAILED", "ERROR")]
-    return row(part, "failed", reason, counts=counts, failed=failed)
+    return row(part, "failed", reason, counts=counts, failed=failed, seen=[match["test"] for match in found])
 
 
 def judge_benchmark(part: Part, folder: Path, code: int | None) -> dict[str, Any]:
     """With the document as far as it was written: a benchmark that was stopped keeps its cells."""
-    file = folder / f"{part.name}.json"
+    file = part.file(folder, "json")
     document = json.loads(file.read_text()) if file.exists() else None
-    if code == 0 and document:
-        return row(part, "ok", document=document)
     if code is None:
         return row(part, "failed", "stopped at the end of its time", document=document)
-    return row(part, "failed", f"ended with {code}: {last_line(folder, part)}", document=document)
+    if code or not document:
+        return row(part, "failed", f"ended with {code}: {last_line(folder, part)}", document=document)
+    if not any(cell["status"] == "ok" for cell in document["results"]):
+        reasons = dict.fromkeys(cell["reason"] for cell in document["results"])
+        return row(part, "not run", "; ".join(reasons), document=document)
+    return row(part, "ok", document=document)
 
 
 def last_line(folder: Path, part: Part) -> str:
-    lines = (folder / f"{part.name.replace(' ', '-')}.log").read_text(errors="replace").strip().splitlines()
+    lines = part.file(folder, "log").read_text(errors="replace").strip().splitlines()
     return lines[-1][:300] if lines else "it wrote nothing"
 
 
@@ -309,13 +386,75 @@ def last_line(folder: Path, part: Part) -> str:
 
 
 def write(document: dict[str, Any], folder: Path) -> None:
+    document["goals"] = [{**goal._asdict(), "verdict": goal.verdict} for goal in goals(document)]
     (folder / "results.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
     (folder / "results.md").write_text(to_markdown(document, folder) + "\n")
 
 
+LIBRARY_RATIO = 1.3  # of attention with gradients, ours by the best kernel of a library
+RATE_SHARE = 0.5  # of the measured matrix rate, in training
+PEER_RATIO = 1.0  # ours by that of transformers
+
+
+class Goal(NamedTuple):
+    """What a cell should reach on a GPU."""
+
+    what: str
+    value: float | None  # None where it was not measured
+    wanted: float
+    at_least: bool = False  # else at most
+
+    @property
+    def verdict(self) -> str:
+        if self.value is None:
+            return "not measured"
+        return "met" if (self.value >= self.wanted if self.at_least else self.value <= self.wanted) else "NOT met"
+
+
+def goals(document: dict[str, Any]) -> Iterator[Goal]:
+    """Those of every cell of ours."""
+    results = [result for part in document["parts"] for result in (part.get("document") or {}).get("results", ())]
+    peers = {case(result): result["results"].get("sdpa", {}) for result in results if is_peer(result)}
+    for result in results:
+        if not is_peer(result):
+            where = f"{result['part']} {result['contestant']} {result['dtype']} {result['batch']} x {result['length']}"
+            for goal in goals_of(result, peers.get(case(result), {})):
+                yield goal._replace(what=f"{where}: {goal.what}")
+
+
+def goals_of(result: dict[str, Any], peer: dict[str, Any]) -> Iterator[Goal]:
+    cells = result["results"]
+    ours = cells.get("sdpa", {})
+    if result["part"] == "attention":
+        libraries = (
+            cells[name].get("both_seconds") for name in cells if name.startswith("library:") or name == "cudnn"
+        )
+        best = min(filter(None, libraries), default=None)
+        for name in ("sdpa", *(["pallas"] if "pallas" in cells else [])):
+            seconds = cells.get(name, {}).get("both_seconds")
+            yield Goal(f"{name} by the best kernel of a library", ratio(seconds, best), LIBRARY_RATIO)
+        return
+    if result["part"] == "training":
+        yield Goal("share of the matrix rate", ours.get("matrix_rate_share"), RATE_SHARE, at_least=True)
+    for key in ("step_seconds", *(["prefill_seconds"] if result["part"] == "inference" else [])):
+        yield Goal(f"{key} by that of transformers", ratio(ours.get(key), peer.get(key)), PEER_RATIO)
+
+
+def ratio(a: float | None, b: float | None) -> float | None:
+    return a / b if a and b else None
+
+
+def is_peer(result: dict[str, Any]) -> bool:
+    return result["contestant"] not in FRAMEWORKS
+
+
+def case(result: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(result[key] for key in ("part", "dtype", "batch", "length"))
+
+
 def to_markdown(document: dict[str, Any], folder: Path) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
-    where = document["gpu"] or f"no GPU: {document['processor']}"
+    where = f"{document['gpu']}, driver {document['driver']}" if document["gpu"] else f"no GPU: {document['processor']}"
     lines = [f"{where}; {versions}; commit {document['commit']}, {document['date']}", ""]
     lines += [f"- {note}" for note in document.get("notes", ())] + [""]
     lines += ["| part | status | passed | failed | skipped | seconds | |", "|---|---|---|---|---|---|---|"]
@@ -324,11 +463,17 @@ def to_markdown(document: dict[str, Any], folder: Path) -> str:
         failed = counts["failures"] + counts["errors"] if counts else ""
         numbers = [counts.get("passed", ""), failed, counts.get("skipped", ""), part.get("seconds", "")]
         lines.append("| " + " | ".join(map(str, [part["name"], part["status"], *numbers, part["reason"]])) + " |")
+    found = list(goals(document))
+    lines += ["", "| goal | value | wanted | |", "|---|---|---|---|"] if found else []
+    for goal in found:
+        value, sign = "" if goal.value is None else f"{goal.value:.2f}", ">=" if goal.at_least else "<="
+        lines.append(f"| {goal.what} | {value} | {sign} {goal.wanted} | {goal.verdict} |")
     for part in document["parts"]:
         lines += [f"\n- {name}" for name in part.get("failed", [])[:20]]
-        tables = folder / f"{part['name']}.md"
+        tables = folder / DETAILS / f"{part['name']}.md"
         if part["kind"] == "benchmark" and tables.exists():
             lines += ["", f"## {part['name']}", "", tables.read_text()]
+            lines += [f"![]({part['name']}.png)"] if (folder / f"{part['name']}.png").exists() else []
     return "\n".join(lines)
 
 

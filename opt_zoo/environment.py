@@ -1,9 +1,11 @@
 """Where and with what something was measured: versions, machine, date. Imports no framework to find out."""
 
 import datetime
+import functools
 import importlib.metadata
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -47,9 +49,10 @@ def version_of(package: str) -> str | None:
 
 
 def commit() -> str:
-    """The commit, "-dirty" when its code has been edited since; "unknown" outside a clone."""
-    if not (ROOT / ".git").exists():  # an environment of its own may lie in a repository of something else
-        return "unknown"
+    """The commit, "-dirty" when its code has been edited since; outside a clone OPT_ZOO_COMMIT, else "unknown"."""
+    # An environment of its own may lie in a repository of something else.
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        return os.environ.get("OPT_ZOO_COMMIT", "unknown")
     git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)  # noqa: E731
     edited = git("diff", "--quiet", "HEAD", "--", *CODE).returncode
     return git("rev-parse", "--short=12", "HEAD").stdout.strip() + ("-dirty" if edited == 1 else "")
@@ -63,7 +66,23 @@ def processor_model() -> str:
 def gpu_model() -> str:
     """Of the first NVIDIA GPU that the driver knows, "unknown" if it knows none."""
     found = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
-    return _first_value(found[0], "Model") if found else "unknown"
+    if found:
+        return _first_value(found[0], "Model")
+    return _ask_the_driver("name")  # some containers hide the folder
+
+
+def gpu_driver() -> str:
+    """The version of NVIDIA's driver, or "unknown"."""
+    return _ask_the_driver("driver_version")
+
+
+@functools.cache
+def _ask_the_driver(field: str) -> str:
+    if shutil.which("nvidia-smi") is None:
+        return "unknown"
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else "unknown"
 
 
 def has_gpu() -> bool:

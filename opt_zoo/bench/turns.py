@@ -17,6 +17,7 @@ from opt_core.config import OPTConfig
 from opt_zoo.bench.peers import PEERS
 from opt_zoo.bench.worker import Job
 
+LOG_CHARACTERS = 8000  # of what a process that failed wrote on stderr
 ONLY_CPU = {"CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu"}
 
 
@@ -65,7 +66,11 @@ class Measured(NamedTuple):
 
 
 class WorkerError(Exception):
-    """A process that ended otherwise than with a result."""
+    """A process that ended otherwise than with a result; `partial` is the last that it had printed, if anything."""
+
+    def __init__(self, reason: str, partial: dict[str, Any] | None = None):
+        super().__init__(reason)
+        self.partial = partial or {}
 
 
 def make_cells(
@@ -133,9 +138,22 @@ def run_process(module: str, arguments: list[str], device: str, timeout: float) 
     command = [sys.executable, "-m", module, *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
-    except subprocess.TimeoutExpired:
-        raise WorkerError(f"took longer than {timeout:g} seconds") from None
+    except subprocess.TimeoutExpired as error:
+        out, err = (_text(x) for x in (error.stdout, error.stderr))
+        sys.stderr.write(err[-LOG_CHARACTERS:])
+        raise WorkerError(f"took longer than {timeout:g} seconds", _last_document(out)) from None
     if done.returncode:
+        sys.stderr.write(done.stderr[-LOG_CHARACTERS:])
         last = (done.stderr.strip().splitlines() or [""])[-1]
-        raise WorkerError(f"ended with {done.returncode}: {last}")
+        raise WorkerError(f"ended with {done.returncode}: {last}", _last_document(done.stdout))
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _text(output: str | bytes | None) -> str:
+    """What a process that was stopped had written: bytes, whatever was asked for (CPython issue 87597)."""
+    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
+
+
+def _last_document(output: str) -> dict[str, Any] | None:
+    lines = (line for line in reversed(output.splitlines()) if line.startswith("{") and line.endswith("}"))
+    return next(map(json.loads, lines), None)

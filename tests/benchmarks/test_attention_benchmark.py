@@ -4,13 +4,14 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 
-from benchmarks import attention
+from benchmarks import attention, attention_worker
 from benchmarks.attention import Cell, estimate, implementations, keep_earlier, make_cells, refusal, run_cell
 from benchmarks.attention_report import to_markdown
-from benchmarks.attention_worker import in_turn
+from benchmarks.attention_worker import Job, in_turn
 from opt_core import OPTConfig
 from opt_zoo.bench.turns import WorkerError
 
@@ -135,12 +136,62 @@ def test_an_implementation_that_failed_fails_its_cell_and_is_in_the_table():
     assert "OutOfMemoryError: 7 GiB" in to_markdown(document(result))
 
 
+def job(**changes) -> Job:
+    usual = Job("training", "torch", {}, "cpu", "float32", 1, 8, ("eager", "sdpa"), 3, 60.0)
+    return usual._replace(**changes)
+
+
 def test_calls_take_turns_and_one_turn_is_always_made():
     order = []
     calls = {(name, "step"): lambda name=name: order.append(name) for name in ("eager", "sdpa")}
-    assert {len(seconds) for seconds in in_turn(calls, lambda result: None, 3, 60.0).values()} == {3}
+    *_, (seconds, _) = in_turn(calls, lambda result: None, job())
+    assert {len(samples) for samples in seconds.values()} == {3}
     assert order == ["eager", "sdpa"] * 3
-    assert {len(seconds) for seconds in in_turn(calls, lambda result: None, 3, 0.0).values()} == {1}
+    *_, (seconds, _) = in_turn(calls, lambda result: None, job(seconds=0.0))
+    assert {len(samples) for samples in seconds.values()} == {1}
+
+
+@pytest.mark.parametrize(
+    ("device", "part", "first"), [("cpu", "training", 0), ("cpu", "attention", 1), ("cuda", "training", 1)]
+)
+def test_where_it_matters_a_call_before_each_sample_is_not_timed(monkeypatch, device, part, first):
+    monkeypatch.setattr(attention_worker, "SAMPLE_SECONDS", 0.0)  # one call a sample, on a GPU as well
+    made = []
+    list(in_turn({("eager", "step"): lambda: made.append(1)}, lambda result: None, job(device=device, part=part)))
+    assert len(made) == 3 * (1 + first)
+
+
+def test_a_sample_on_a_gpu_is_the_mean_of_calls_that_fill_its_time():
+    waits, made = [], []
+    calls = {("eager", "step"): lambda: made.append(time.sleep(0.005))}
+    *_, (seconds, _) = in_turn(calls, lambda result: waits.append(len(made)), job(device="cuda", runs=1))
+    assert waits[0] == 1
+    assert waits[1] - waits[0] >= 3
+    assert 0.004 < seconds["eager", "step"][0] < 0.05
+
+
+def test_a_call_that_fails_in_a_later_turn_leaves_the_others_their_figures():
+    left = iter([1, 2])
+    calls = {("sdpa", "step"): lambda: next(left), ("eager", "step"): lambda: None}
+    *_, (seconds, failed) = in_turn(calls, lambda result: None, job())
+    assert failed == {("sdpa", "step"): "StopIteration: "}
+    assert len(seconds["eager", "step"]) == 3
+
+
+def test_what_a_process_had_measured_before_it_was_stopped_is_kept(monkeypatch):
+    def stop(*arguments):
+        raise WorkerError("took longer than 9 seconds", {"sdpa": {"step_bytes": 1, "step_seconds": 2.0}, "eager": {}})
+
+    monkeypatch.setattr(attention, "run_process", stop)
+    result = run_cell(CELL, options(), CONFIG, CEILINGS, 1e9, "")
+    assert result["results"]["sdpa"]["step_seconds"] == 2.0
+    assert attention.failures(result) == ["eager: took longer than 9 seconds"]
+
+
+def test_the_prompt_is_in_the_table_of_inference():
+    figures = [{"step_seconds": 0.02, "prefill_seconds": s, "step_bytes": 1_000_000} for s in (0.3, 0.2)]
+    text = to_markdown(document({**row(eager=figures[0], sdpa=figures[1]), "part": "inference"}))
+    assert "| 300.0 | 200.0 | 50 |" in text
 
 
 @pytest.mark.slow
