@@ -1,4 +1,4 @@
-"""Eager against fused attention: alone, in a training step, and in generation; time and memory, in each framework.
+"""Eager against fused attention, alone, over a cache, in training and in generation: time and memory of each framework.
 
     python benchmarks/attention.py --size opt-125m --output attention.json --markdown attention.md --plot attention.png
 
@@ -48,14 +48,18 @@ from opt_zoo.environment import (
 from opt_zoo.sources import find_source
 
 SCHEMA = "opt-zoo/attention/1"
-PARTS = ("attention", "training", "inference")
+PARTS = ("attention", "decoding", "training", "inference")
+ALONE = PARTS[:2]  # without a model
 PEER = "transformers"
+CONTESTANTS = (*BACKENDS, PEER)
 FUSED = "sdpa"
-MORE_ATTENTION = {  # for attention alone; each says where it does not run
+MORE_ATTENTION = {  # each says where it does not run
     "torch": ("flash_attention_2", "library:cudnn", "library:flash", "library:efficient", "flex_attention"),
     "tf": ("cudnn",),
     "flax": ("cudnn", "pallas"),
 }
+MORE_DECODING = {"torch": ("flash_attention_2", "library:efficient"), "tf": (), "flax": ("cudnn", "pallas")}
+MORE = {"attention": MORE_ATTENTION, "decoding": MORE_DECODING}
 START_SECONDS = {  # imports and compilation
     "cpu": {"torch": 6, "tf": 20, "flax": 20, PEER: 12},
     "cuda": {"torch": 10, "tf": 30, "flax": 45, PEER: 15},
@@ -122,8 +126,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--size", default="opt-125m", help="a preset of OPTConfig, or a checkpoint")
     parser.add_argument("--parts", type=some_of(PARTS), default=list(PARTS))
-    contestants = (*BACKENDS, PEER)
-    parser.add_argument("--contestants", type=some_of(contestants), default=list(contestants))
+    parser.add_argument("--contestants", type=some_of(CONTESTANTS), default=list(CONTESTANTS))
     parser.add_argument("--dtypes", type=some_of(ITEM_BYTES), default=["float32"])
     parser.add_argument("--batches", type=numbers, default=[1, 2, 4, 8])
     parser.add_argument("--lengths", type=numbers, default=[128, 256, 512, 1024, 2048])
@@ -193,7 +196,7 @@ def make_cells(options: argparse.Namespace, config: OPTConfig) -> Iterator[Cell]
             )
             for batch, length in cases:
                 for contestant in options.contestants:
-                    if (part, contestant) != ("attention", PEER):  # transformers has no such function
+                    if not (part in ALONE and contestant == PEER):  # transformers has no such function
                         yield Cell(part, contestant, dtype, batch, length)
 
 
@@ -239,7 +242,7 @@ def is_timed(result: dict[str, Any]) -> bool:
 
 
 def implementations(cell: Cell) -> tuple[str, ...]:
-    return "eager", FUSED, *(MORE_ATTENTION[cell.contestant] if cell.part == "attention" else ())
+    return "eager", FUSED, *(MORE[cell.part][cell.contestant] if cell.part in ALONE else ())
 
 
 def measure(
@@ -310,6 +313,9 @@ def estimate(
     rows = cell.batch * cell.length
     square = cell.batch * config.num_attention_heads * cell.length**2
     start = START_SECONDS[options.device][cell.contestant] + weights / 2e8
+    if cell.part == "decoding":
+        slots = cell.batch * config.num_attention_heads * config.max_position_embeddings
+        return Need(2 * START_SECONDS[options.device][cell.contestant], 12 * slots * config.head_size + 5e8)
     if cell.part == "attention":
         call = 4 * 4 * square * config.head_size / rate
         return Need(START_SECONDS[options.device][cell.contestant] + (2 + 2) * 2 * call, 20 * square + 5e8)

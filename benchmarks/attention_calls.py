@@ -1,6 +1,7 @@
 """What benchmarks/attention.py times, framework by framework: attention alone, and a training step of the model.
 
 Attention alone is that of a backend on random [B, N, T, H]: "forward", and "both", forward and gradients of all three.
+In decoding one query a row attends to the filled slots of a cache with room for all positions of the model.
 A training step is the loss of the causal language model, without dropout, its gradients, and AdamW; weights and both
 moments are in the dtype that is measured. PyTorch runs it as written, JAX compiled, TensorFlow as a graph, on a GPU
 compiled by XLA.
@@ -57,6 +58,10 @@ class Calls(abc.ABC):
         """Calls by what they compute, "forward" and "both"; raises InputError or NotHere."""
 
     @abc.abstractmethod
+    def decoding(self, implementation: str) -> dict[str, Call]:
+        """One call, "forward"."""
+
+    @abc.abstractmethod
     def training(self, implementation: str) -> dict[str, Call]:
         """One call, "step"."""
 
@@ -64,13 +69,13 @@ class Calls(abc.ABC):
     def wait(self, result: Any) -> None:
         """Returns when the device has computed a result."""
 
-    def memory(self, call: Call, part: str) -> int | None:
+    def memory(self, call: Call, alone: bool) -> int | None:
         """Bytes of a second call, as the first one compiles; resident memory, where a framework does not say better."""
         self.wait(call())
         _give_back_freed_memory()
         from_here = PeakMemory()  # from here on the peak counts for `imported`, too
         self.wait(call())
-        return (from_here if part == "attention" else self.imported).growth
+        return (from_here if alone else self.imported).growth
 
     def random_qkv(self) -> list[np.ndarray]:
         """Query, key, value and the gradient of the output, [B, N, T, H] float32; the query is scaled already.
@@ -83,6 +88,18 @@ class Calls(abc.ABC):
         rng = np.random.default_rng(0)
         q, k, v, d_out = (rng.standard_normal(shape, np.float32) for _ in range(4))
         return [q * np.float32(self.config.head_size**-0.5), k, v, d_out]
+
+    def random_cache(self) -> list[np.ndarray]:
+        """A query [B, N, 1, H], scaled already, and the keys and values of a cache [B, N, S, H], float32."""
+        rng, (B, H) = np.random.default_rng(0), (self.job.batch, self.config.head_size)
+        lengths = (1, *[self.config.max_position_embeddings] * 2)
+        shapes = ((B, self.config.num_attention_heads, length, H) for length in lengths)
+        q, k, v = (rng.standard_normal(shape, np.float32) for shape in shapes)
+        return [q * np.float32(H**-0.5), k, v]
+
+    def filled(self) -> np.ndarray:
+        """How many slots of each row are filled before the token of this call, [B]: with it, `job.length`."""
+        return np.full(self.job.batch, self.job.length - 1)
 
     def as_in_a_model(self, attend: Callable[..., Any]) -> Callable[..., Any]:
         """`attend` of [B, N, T, H] for what `random_qkv` returns."""
@@ -132,6 +149,33 @@ class Torch(Calls):
                 return attend(*qkv)
 
         return {"forward": forward, "both": lambda: torch.autograd.grad(attend(*leaves), leaves, d_out)}
+
+    def decoding(self, implementation: str) -> dict[str, Call]:
+        from opt_torch import attention, cache, sdpa
+
+        torch, name = self.torch, implementation
+        q, k, v = map(self.tensor, self.random_cache())
+        lengths = torch.from_numpy(self.filled()).to(self.job.device)
+        if name == "eager":
+            attend = lambda: attention.eager_attention(q, k, v, lengths)[0]  # noqa: E731
+        elif name.startswith("library:"):
+            if self.job.device == "cpu":
+                raise NotHere("PyTorch has one kernel on a CPU, the one of sdpa")
+            mask, kernel = attention.attend_mask(1, k.shape[2], lengths, q.device), sdpa.KERNELS[name.partition(":")[2]]
+
+            def attend():
+                with torch.nn.attention.sdpa_kernel([kernel]):
+                    return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=1.0)
+        else:
+            attention.check_implementation(name, self.config)
+            slots = cache.slots_behind(lengths, 1)
+            attend = lambda: attention.cached_attention(q, k, v, slots, 0.0, name)  # noqa: E731
+
+        def forward():
+            with torch.no_grad():
+                return attend()
+
+        return {"forward": forward}
 
     def swap(self, x):
         return x.transpose(1, 2)
@@ -188,12 +232,12 @@ class Torch(Calls):
         if self.job.device == "cuda":
             self.torch.cuda.synchronize()
 
-    def memory(self, call: Call, part: str) -> int | None:
+    def memory(self, call: Call, alone: bool) -> int | None:
         if self.job.device == "cpu":
-            return super().memory(call, part)
+            return super().memory(call, alone)
         self.wait(call())
         cuda = self.torch.cuda
-        before = cuda.memory_allocated() if part == "attention" else 0
+        before = cuda.memory_allocated() if alone else 0
         cuda.reset_peak_memory_stats()
         self.wait(call())
         return cuda.max_memory_allocated() - before
@@ -212,6 +256,8 @@ class Transformers(Torch):
 
     def attention(self, implementation: str) -> dict[str, Call]:
         raise NotHere("attention alone is not a function of transformers")
+
+    decoding = attention
 
     def _make_model(self):
         return self._class(self._package.OPTConfig(**self.config.to_dict()))
@@ -253,6 +299,21 @@ class TensorFlow(Calls):
         forward, both = self._compile(attend), self._compile(both)
         return {"forward": lambda: forward(*qkv), "both": lambda: both(*qkv, d_out)}
 
+    def decoding(self, implementation: str) -> dict[str, Call]:
+        from opt_tf.attention import cached_attention, check_implementation, eager_attention
+
+        check_implementation(implementation, self.config, self.job.dtype)
+        q, k, v = (self.tf.constant(x, self.job.dtype) for x in self.random_cache())
+        lengths = self.tf.constant(self.filled())
+
+        def attend(q, k, v, lengths):
+            if implementation == "eager":
+                return eager_attention(q, k, v, lengths)[0]
+            return cached_attention(q, k, v, lengths)
+
+        forward = self._compile(attend)
+        return {"forward": lambda: forward(q, k, v, lengths)}
+
     def swap(self, x):
         return self.tf.transpose(x, [0, 2, 1, 3])
 
@@ -279,12 +340,12 @@ class TensorFlow(Calls):
     def wait(self, result: Any) -> None:
         self.tf.nest.map_structure(lambda x: x.numpy() if x.shape.rank == 0 else x[:1, :1, :1].numpy(), result)
 
-    def memory(self, call: Call, part: str) -> int | None:
+    def memory(self, call: Call, alone: bool) -> int | None:
         """By TensorFlow's own count, on a CPU, too: with oneDNN it keeps what it once took."""
         self.wait(call())
         info, device = self.tf.config.experimental, "CPU:0" if self.job.device == "cpu" else "GPU:0"
         try:
-            before = info.get_memory_info(device)["current"] if part == "attention" else 0
+            before = info.get_memory_info(device)["current"] if alone else 0
             info.reset_memory_stats(device)
         except ValueError:  # built without oneDNN
             return None
@@ -339,6 +400,21 @@ class Flax(Calls):
             "both": Compiled(jax.jit(both), lambda: (*qkv, d_out)),
         }
 
+    def decoding(self, implementation: str) -> dict[str, Call]:
+        from opt_flax.attention import cached_attention, check_implementation, eager_attention
+
+        jax = self.jax
+        check_implementation(implementation, self.config, jax.numpy.dtype(self.job.dtype))
+        q, k, v = (jax.numpy.asarray(x, self.job.dtype) for x in self.random_cache())
+        lengths = jax.numpy.asarray(self.filled())
+
+        def attend(q, k, v, lengths):
+            if implementation == "eager":
+                return eager_attention(q, k, v, lengths)[0]
+            return cached_attention(q, k, v, lengths, implementation)
+
+        return {"forward": Compiled(jax.jit(attend), lambda: (q, k, v, lengths))}
+
     def swap(self, x):
         return x.swapaxes(1, 2)
 
@@ -371,11 +447,11 @@ class Flax(Calls):
     def wait(self, result: Any) -> None:
         self.jax.block_until_ready(result)
 
-    def memory(self, call: Call, part: str) -> int | None:
-        if part == "attention" or self.job.device == "cuda":
+    def memory(self, call: Call, alone: bool) -> int | None:
+        if alone or self.job.device == "cuda":
             self.wait(call())
-            return call.temporary_bytes if part == "attention" else call.all_bytes
-        return super().memory(call, part)
+            return call.temporary_bytes if alone else call.all_bytes
+        return super().memory(call, alone)
 
 
 CALLS: dict[str, type[Calls]] = {"torch": Torch, "tf": TensorFlow, "flax": Flax, "transformers": Transformers}

@@ -7,8 +7,14 @@ eager / fused - 1 of the times, as there; saving is 1 - fused / eager of the mem
 from collections.abc import Callable, Iterator
 from typing import Any
 
-TITLES = {"attention": "Attention alone", "training": "Training", "inference": "Inference"}
+TITLES = {
+    "attention": "Attention alone",
+    "decoding": "Attention of one token to a cache",
+    "training": "Training",
+    "inference": "Inference",
+}
 CONTESTANTS = {"torch": "PyTorch", "tf": "TensorFlow", "flax": "JAX/Flax", "transformers": "transformers, PyTorch"}
+FIGURES = {"attention": ("forward", "both"), "decoding": ("forward",)}  # of attention without a model
 MARKERS = "osD^"
 
 
@@ -45,7 +51,9 @@ def conditions(document: dict[str, Any]) -> str:
 
 
 def table(part: str, rows: list[dict[str, Any]], document: dict[str, Any]) -> list[str]:
-    return attention_table(rows, document) if part == "attention" else pair_table(part, rows, document["fused"])
+    if part in FIGURES:
+        return attention_table(FIGURES[part], rows, document)
+    return pair_table(part, rows, document["fused"])
 
 
 def pair_table(part: str, rows: list[dict[str, Any]], fused: str) -> list[str]:
@@ -77,25 +85,27 @@ def pair_table(part: str, rows: list[dict[str, Any]], fused: str) -> list[str]:
     return lines
 
 
-def attention_table(rows: list[dict[str, Any]], document: dict[str, Any]) -> list[str]:
+def attention_table(figures: tuple[str, ...], rows: list[dict[str, Any]], document: dict[str, Any]) -> list[str]:
     """A line for each implementation; what does not run here is named once below."""
-    times = ["forward, ms", "eager is x times", "MB", "and backward, ms", "eager is x times", "MB"]
-    heading = ["B x N x T x H", "implementation", *times, ""]
+    headings = {"forward": "forward, ms", "both": "and backward, ms"}
+    heading = ["B x N x T x H" if "both" in figures else "B x N x filled slots x H", "implementation"]
+    heading += [cell for what in figures for cell in (headings[what], "eager is x times", "MB")] + [""]
     lines, refused = [line(heading), line(["---"] * len(heading))], {}
     for row in sorted(rows, key=lambda row: (row["batch"], row["length"])):
         shape = f"{row['batch']} x {document['heads']} x {row['length']} x {document['head_size']}"
         if not row["results"]:
-            lines.append(line([shape, *[""] * 7, reason(row)]))
+            lines.append(line([shape, *[""] * (3 * len(figures) + 1), reason(row)]))
         for name, result in row["results"].items():
             if why := result.get("not_run") or result.get("failed"):
                 refused[name] = ("not run: " if "not_run" in result else "failed: ") + why
             else:
-                lines.append(line([shape, name, *attention_figures(result, row["results"].get("eager", {})), ""]))
+                found = attention_figures(figures, result, row["results"].get("eager", {}))
+                lines.append(line([shape, name, *found, ""]))
     return lines + [""] * bool(refused) + [f"- {name}: {why}" for name, why in refused.items()]
 
 
-def attention_figures(result: dict[str, Any], eager: dict[str, Any]) -> Iterator[str]:
-    for what in ("forward", "both"):
+def attention_figures(figures: tuple[str, ...], result: dict[str, Any], eager: dict[str, Any]) -> Iterator[str]:
+    for what in figures:
         seconds, of_eager = result[f"{what}_seconds"], eager.get(f"{what}_seconds")
         yield number(seconds, 1e3, 2)
         yield number(of_eager / seconds if of_eager else None, 1, 2)
@@ -138,7 +148,7 @@ def write_plot(document: dict[str, Any], path: str) -> None:
     figure = Figure(figsize=(12, 4.2 * len(parts)), layout="constrained")
     FigureCanvasAgg(figure)
     for part, panels in zip(parts, figure.subplots(len(parts), 2, squeeze=False), strict=True):
-        key = "both" if part == "attention" else "step"
+        key = FIGURES.get(part, ("step",))[-1]
         for panel, unit, title in zip(panels, ("seconds", "bytes"), ("speed-up", "memory"), strict=True):
             draw(panel, part, f"{key}_{unit}", document)
             panel.set_title(f"{TITLES[part]}: {title}, eager / {document['fused']}")

@@ -27,7 +27,7 @@ SAMPLE_SECONDS = 0.05  # of a GPU
 class Job(NamedTuple):
     """What a worker is told."""
 
-    part: str  # "attention", "training" or "inference"
+    part: str  # "attention", "decoding", "training" or "inference"
     contestant: str  # a key of `attention_calls.CALLS`
     config: dict[str, Any]
     device: str
@@ -51,13 +51,13 @@ def measure(job: Job) -> dict[str, Any]:
         check_device(calls.framework, job.device)
     except NotRunError as reason:
         return {"not_run": str(reason)}
-    make = calls.attention if job.part == "attention" else calls.training
+    make, alone = getattr(calls, job.part), job.part != "training"
     prepared: dict[str, dict[str, Callable[[], Any]]] = {}
     results: dict[str, dict[str, Any]] = {}
     for name in sorted(job.implementations, key="eager".__eq__):  # last: it takes most, and may not give it back
         try:
             prepared[name] = make(name)
-            results[name] = {f"{what}_bytes": calls.memory(call, job.part) for what, call in prepared[name].items()}
+            results[name] = {f"{what}_bytes": calls.memory(call, alone) for what, call in prepared[name].items()}
         except (InputError, NotHere, NotImplementedError) as reason:
             results[name] = {"not_run": " ".join(str(reason).split())}
         except Exception as error:  # such as a GPU's memory being too small
@@ -95,7 +95,7 @@ def in_turn(
         for key in (key for key in calls if key not in failed):
             try:
                 repeats = 1
-                if on_gpu or job.part == "attention":
+                if on_gpu or job.part != "training":
                     once = seconds_of(calls[key], wait)
                     repeats = max(1, int(SAMPLE_SECONDS / once)) if on_gpu else 1
                 seconds[key].append(seconds_of(calls[key], wait, repeats))

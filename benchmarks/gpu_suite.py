@@ -232,6 +232,7 @@ def gpu_benchmarks() -> list[tuple[str, float, list[str]]]:
         ("inference-125m", 0.4, ["--batches", "1,8", *inference]),
         ("attention-80", 0.3, ["--size", "opt-2.7b", "--batches", "8", "--dtypes", "bfloat16", *alone]),
         ("attention-128", 0.4, ["--size", "opt-6.7b", "--batches", "8", "--dtypes", "bfloat16", *alone]),
+        ("decoding", 0.3, ["--parts", "decoding", "--size", "opt-1.3b", "--batches", "8", "--lengths", "128,2048"]),
         ("attention-float32", 0.5, ["--size", "opt-1.3b", "--batches", "2", "--dtypes", "float32", *alone]),
         ("training-125m", 1.0, ["--batches", "1,8", *training]),
     ]
