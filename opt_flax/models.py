@@ -141,6 +141,8 @@ class FlaxOPTForCausalLM(GenerationMixin, FlaxOPTPreTrainedModel):
         Token t predicts label t + 1; labels of -100 are not counted, nor predictions made at padding or, with
         `segment_ids` [B, T] (`OPTModel`), of another document.
         """
+        labels = as_index(labels)
+        known_labels = known(labels)  # read before the device is busy with the forward pass
         out = self.decode(
             input_ids,
             attention_mask,
@@ -156,10 +158,9 @@ class FlaxOPTForCausalLM(GenerationMixin, FlaxOPTPreTrainedModel):
             head_mask,
         )
         hidden_BTE = out.last_hidden_state
-        labels = as_index(labels)
         loss = logits_BTV = None
         if labels is not None:
-            check_labels("labels", known(labels), hidden_BTE.shape[:2], self.config.vocab_size)
+            check_labels("labels", known_labels, hidden_BTE.shape[:2], self.config.vocab_size)
             mask_BT = self.current_mask(attention_mask, hidden_BTE.shape[1])
             targets_BT = losses.causal_lm_targets(labels, mask_BT, as_index(segment_ids))
             loss, logits_BTV = self.task_loss(hidden_BTE, targets_BT, keep_logits=not logits_to_keep)

@@ -133,17 +133,18 @@ class OPTPreTrainedModel(SurgeryMixin, LoadingMixin, nn.Module):
         head_mask=None,
     ) -> None:
         """Raises one InputError with everything wrong; to call before a compiled function, which sees no values."""
+        # What is no tensor yet is checked where it is, not sent to a device and back.
         check_inputs(
             self.config,
-            input_ids=known(as_index(input_ids, self.device)),
-            attention_mask=known(as_tensor(attention_mask, self.device)),
-            position_ids=known(as_index(position_ids, self.device)),
-            inputs_embeds=known(as_tensor(inputs_embeds, self.device), values=False),
+            input_ids=known(as_index(input_ids, "cpu")),
+            attention_mask=known(as_tensor(attention_mask, "cpu")),
+            position_ids=known(as_index(position_ids, "cpu")),
+            inputs_embeds=known(as_tensor(inputs_embeds, "cpu"), values=False),
             cache=known_cache(past_key_values, self.head_parts),
             logits_to_keep=logits_to_keep,
-            segment_ids=known(as_index(segment_ids, self.device)),
+            segment_ids=known(as_index(segment_ids, "cpu")),
             use_cache=use_cache,
-            head_mask=known(as_tensor(head_mask, self.device)),
+            head_mask=known(as_tensor(head_mask, "cpu")),
         )
 
     def decode(
