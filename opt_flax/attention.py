@@ -20,9 +20,9 @@ from opt_core.config import OPTConfig
 from opt_core.errors import InputError
 from opt_flax import cache
 from opt_flax.blockwise import blockwise_attention
-from opt_flax.cudnn import HALF, cudnn_attention, cudnn_decode, cudnn_problems
+from opt_flax.cudnn import HALF, compile_problems, cudnn_attention, cudnn_decode, cudnn_problems
 from opt_flax.layers import Dropout, Linear, contract
-from opt_flax.pallas_attention import pallas_attention, pallas_problems
+from opt_flax.pallas_attention import gpu_problems, pallas_attention, pallas_problems
 from opt_flax.sharding import Placement, by_heads
 
 # Kernels that a name may mean, the best first. On a CPU and a TPU, "sdpa" is the only one of these that runs.
@@ -187,6 +187,7 @@ def fused_kernel(
     """The kernel that a name means here, "cudnn" or "pallas"; None for "sdpa" where there is none.
 
     Of the two, only Pallas serves documents in a row and several queries over a cache; and it reads a cache as it lies.
+    cuDNN's has to compile here, which is tried once a process, and Pallas to know the GPU.
 
     Raises:
         InputError: where there is none for another name.
@@ -198,9 +199,11 @@ def fused_kernel(
     able = not problems
     for kernel in kernels[-1:] if documents or cached_tokens else kernels:
         if kernel == "cudnn":
-            more = cudnn_problems(dtype, head_size, capability, documents, cached_tokens)
+            more, try_here = cudnn_problems(dtype, head_size, capability, documents, cached_tokens), compile_problems
         else:
-            more = pallas_problems(dtype, head_size)
+            more, try_here = pallas_problems(dtype, head_size), gpu_problems
+        if able and not more:
+            more = try_here()
         if able and not more:
             return kernel
         problems += more

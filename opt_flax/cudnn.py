@@ -4,11 +4,16 @@ What that function does not offer is not done here: documents within a row, whic
 and several queries over a cache, since its causal flag counts queries from slot 0.
 """
 
+import functools
+import logging
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 HALF = (jnp.float16, jnp.bfloat16)
+
+logger = logging.getLogger(__name__)
 
 
 def cudnn_problems(
@@ -26,6 +31,24 @@ def cudnn_problems(
     if cached_tokens > 1:
         problems.append(f"expects one token at a time behind a cache, got {cached_tokens}")
     return problems
+
+
+@functools.cache
+def compile_problems() -> tuple[str, ...]:
+    """Why the kernels do not compile here, forward and backward; tried once a process, without running them.
+
+    With some builds for CUDA 13 they do not (https://github.com/jax-ml/jax/issues/32430).
+    """
+    x_BNTH = jax.ShapeDtypeStruct((1, 1, 2, 64), jnp.bfloat16)
+    gradients = jax.grad(lambda *qkv_BNTH: cudnn_attention(*qkv_BNTH).astype(jnp.float32).sum(), (0, 1, 2))
+    try:
+        with jax.default_device(jax.local_devices()[0]):
+            jax.jit(gradients).lower(x_BNTH, x_BNTH, x_BNTH).compile()
+    except Exception as error:  # of JAX, XLA or cuDNN, each with its own classes
+        reason = f"{type(error).__name__}: {''.join(str(error).splitlines()[:1])}"
+        logger.warning("cuDNN's attention does not compile here, sdpa and flash_attention_2 go without it: %s", reason)
+        return (f"expects a cuDNN whose attention compiles, got {reason}",)
+    return ()
 
 
 def cudnn_attention(q_BNTH: Array, k_BNTH: Array, v_BNTH: Array) -> Array:

@@ -15,7 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
+
+try:
+    from jax.experimental.pallas import triton as plt
+except ImportError:  # deprecated in jax 0.11, to be removed
+    plt = None
 
 LARGEST_HEAD = 128
 LOWEST = -1e30  # a score that is not seen; not -inf, since the difference of two of them must be a number
@@ -25,11 +29,23 @@ DECODE_KEYS, DECODE_SLOTS = 64, 256  # keys that are held at a time, and slots t
 def pallas_problems(dtype, head_size: int) -> list[str]:
     """Why the kernels cannot run, beyond the device."""
     problems = []
+    if plt is None:
+        problems.append(f"expects a JAX that has Pallas' Triton backend, got {jax.__version__}")
     if dtype not in (jnp.float32, jnp.float16, jnp.bfloat16):
         problems.append(f"expects float32, float16 or bfloat16, got {jnp.dtype(dtype).name}")
     if head_size > LARGEST_HEAD:
         problems.append(f"expects a head size of at most {LARGEST_HEAD}, got {head_size}")
     return problems
+
+
+def gpu_problems() -> list[str]:
+    """Why Pallas cannot lower for the GPU of this process: jax 0.11.0 and 0.11.1 know some by name, and no others."""
+    try:
+        if hasattr(plt, "get_gpu_info"):  # what lowering asks, from jax 0.11 on
+            plt.get_gpu_info()
+    except (RuntimeError, ValueError) as error:
+        return [f"expects a GPU that Pallas knows, as jax 0.11.2 does all of NVIDIA's, got {error}"]
+    return []
 
 
 def pallas_attention(

@@ -46,9 +46,12 @@ def cudnn_problems(dtype: str, head_size: int) -> list[str]:
     return problems
 
 
-@tf.custom_gradient
-def cudnn_attention(q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor):
+@tf.autograph.experimental.do_not_convert  # which would make errors of another class
+def cudnn_attention(q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor) -> Tensor:
     """Attention of T tokens among themselves; the query is scaled already. All sizes must be known when traced.
+
+    An odd T is filled up, with a token that no other sees: cuDNN has not always taken one token alone
+    (https://github.com/pytorch/pytorch/pull/138531), and JAX gives it an even number.
 
     Raises:
         InputError: where a traced function does not know the batch or the length.
@@ -56,7 +59,16 @@ def cudnn_attention(q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor):
     shape = q_BNTH.shape
     problem = f"attn_implementation: cudnn expects sizes known to a traced function, got queries of shape {shape}"
     raise_if(InputError, "invalid arguments", [] if shape.is_fully_defined() else [problem])
-    saved = (q_BNTH, k_BNTH, v_BNTH)
+    T = shape[2]
+    if T % 2 == 0:
+        return _attend(q_BNTH, k_BNTH, v_BNTH)
+    filled = (tf.pad(x_BNTH, [[0, 0], [0, 0], [0, 1], [0, 0]]) for x_BNTH in (q_BNTH, k_BNTH, v_BNTH))
+    return _attend(*filled)[:, :, :T]
+
+
+@tf.custom_gradient
+def _attend(q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor):
+    shape, saved = q_BNTH.shape, (q_BNTH, k_BNTH, v_BNTH)
     out_BNTH, log_sum_BNT = _run(FORWARD, saved, [(shape, q_BNTH.dtype), (shape[:3], tf.float32)])
 
     def gradient(d_out_BNTH: Tensor) -> list[Tensor]:

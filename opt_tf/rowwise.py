@@ -98,6 +98,7 @@ def _weights(q_BNCH: Tensor, k_BNSH: Tensor, start: int) -> Tensor:
     scores_BNCS = product(q_BNCH, k_BNSH, transpose_b=True)
     B, N, C, S = dims(scores_BNCS)
     if C > 1:  # -inf above the diagonal, in place: a mask of all scores takes longer than their softmax
-        later = tf.fill([B, N, C - 1, C - 1], tf.constant(float("-inf"), scores_BNCS.dtype))
+        diagonals = [C - 1] if C > 2 else []  # a single one has no axis of its own
+        later = tf.fill([B, N, *diagonals, C - 1], tf.constant(float("-inf"), scores_BNCS.dtype))
         scores_BNCS = tf.linalg.set_diag(scores_BNCS, later, k=(start + 1, S - 1))
     return tf.nn.softmax(scores_BNCS)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import re
 
 import jax
@@ -9,25 +10,40 @@ import jax._src.cudnn.fused_attention_stablehlo as cudnn_in_jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_truth import Attended, attention_inputs, attention_truth, error_bound, worst_share
+from attention_truth import (
+    DTYPES,
+    Attended,
+    attention_inputs,
+    attention_truth,
+    beyond_twice,
+    error_bound,
+    worst_share,
+)
 from flax import nnx
+from harness import BOUND, NUMPY_DTYPES, ROUNDOFF, config_of, load_backend, reference_of, token_ids, worst_row
 
 from opt_core import OPTConfig
 from opt_core.errors import InputError
 from opt_flax import FlaxOPTForCausalLM, attention
 from opt_flax.attention import KERNELS, cached_attention, causal_attention, eager_attention, fused_kernel
-from opt_flax.blockwise import BLOCK
+from opt_flax.blockwise import BLOCK, blockwise_attention
+from opt_flax.cudnn import compile_problems
+from opt_flax.pallas_attention import plt
 
 HALF = ("float16", "bfloat16")
 NAMES = r"__cudnn\$\w+|opt_(?:forward|d_queries|d_keys_values|decode)"
 OPT_HEADS = (64, 80, 128)  # of all published sizes
 CONFIG = OPTConfig(vocab_size=97, hidden_size=64, num_hidden_layers=1, ffn_dim=53, num_attention_heads=1)
+# Without a kink: rounding may move an activation across that of relu, and its gradient with it.
+LONG = config_of(hidden_size=128, num_attention_heads=2, activation_function="gelu", max_position_embeddings=331)
 
 
 @pytest.fixture
 def hopper(monkeypatch):
     """A host that takes itself for one with an H100; what it lowers for CUDA cannot run here."""
     monkeypatch.setattr(attention, "compute_capability", lambda: (9, 0))
+    monkeypatch.setattr(attention, "compile_problems", lambda: ())
+    monkeypatch.setattr(plt, "get_gpu_info", lambda: None, raising=False)
     monkeypatch.setattr(cudnn_in_jax, "check_cudnn_version", lambda: 91500)
     monkeypatch.setattr(cudnn_in_jax, "check_compute_capability", lambda capability: True)
     monkeypatch.setattr(cudnn_in_jax, "is_cuda_compute_capability_equal", lambda capability: False)
@@ -134,7 +150,7 @@ def test_a_whole_model_holds_the_kernels_and_no_square_of_its_length(hopper):
     ids = jax.ShapeDtypeStruct((2, 307), jnp.int32)
     text = jax.jit(jax.grad(loss)).trace(weights, ids).lower(lowering_platforms=("cuda",)).as_text()
     assert "__cudnn$fmhaSoftmaxBackward" in text
-    assert "307x307" not in text
+    assert not re.search("30[78]x30[78]", text)  # cuDNN is given an even number of tokens
 
 
 CANNOT = [
@@ -158,6 +174,52 @@ def test_sdpa_takes_what_no_kernel_does(hopper):
     assert fused_kernel("sdpa", jnp.float16, 68) == "pallas"
     assert fused_kernel("sdpa", jnp.float64, 64) is None
     assert fused_kernel("sdpa", jnp.float32, 160) is None
+
+
+@pytest.fixture
+def broken_cudnn(hopper, monkeypatch):
+    """What is compiled for a CPU is no kernel of cuDNN."""
+    compile_problems.cache_clear()
+    monkeypatch.setattr(attention, "compile_problems", compile_problems)
+    yield
+    compile_problems.cache_clear()
+
+
+def test_where_cudnn_does_not_compile_names_that_may_mean_another_kernel_do(broken_cudnn, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert {fused_kernel(name, jnp.bfloat16, 64) for name in ("sdpa", "flash_attention_2")} == {"pallas"}
+        assert fused_kernel("sdpa", jnp.float16, 160) is None
+    (record,) = caplog.records
+    assert "does not compile here" in record.message
+    assert "NotImplementedError" in record.message
+    with pytest.raises(
+        InputError, match=r"cudnn expects a cuDNN whose attention compiles, got NotImplementedError: \w+"
+    ):
+        FlaxOPTForCausalLM(CONFIG, attn_implementation="cudnn", dtype=jnp.bfloat16)
+
+
+def test_cudnn_that_compiles_has_no_problem(broken_cudnn, monkeypatch, caplog):
+    monkeypatch.setattr("opt_flax.cudnn.cudnn_attention", blockwise_attention)
+    assert compile_problems() == ()
+    assert caplog.records == []
+
+
+def test_a_gpu_that_pallas_does_not_know_has_no_kernels_of_it(hopper, monkeypatch):
+    """As JAX 0.11.0 and 0.11.1 do not know an A6000."""
+
+    def unknown():
+        raise ValueError("Unsupported GPU device kind: NVIDIA RTX A6000")
+
+    monkeypatch.setattr(plt, "get_gpu_info", unknown)
+    assert fused_kernel("sdpa", jnp.float32, 64) is None
+    assert fused_kernel("sdpa", jnp.bfloat16, 64) == "cudnn"
+    assert fused_kernel("sdpa", jnp.bfloat16, 64, documents=True) is None
+    with pytest.raises(InputError, match="flash_attention_2 expects a GPU that Pallas knows"):
+        fused_kernel("flash_attention_2", jnp.bfloat16, 64, cached_tokens=1)
+    with pytest.raises(InputError, match=r"pallas expects a GPU that Pallas knows, .* kind: NVIDIA RTX A6000"):
+        FlaxOPTForCausalLM(CONFIG, attn_implementation="pallas")
+    monkeypatch.delattr(plt, "get_gpu_info")  # before 0.11 any GPU will do
+    assert fused_kernel("pallas", jnp.float32, 64) == "pallas"
 
 
 @pytest.mark.parametrize("capability", [None, (7, 5)])
@@ -198,16 +260,42 @@ def test_documents_in_a_row_equal_the_truth(T):
     assert max(shares.values()) <= 1, shares
 
 
+def far_below_zero(dtype: str, B: int, N: int, T: int, H: int) -> tuple[np.ndarray, ...]:
+    """Inputs with scores near -120, of which cuDNN made NaN (https://github.com/pytorch/pytorch/issues/196678).
+
+    The gradient of the first feature of queries is 0 but for rounding: the bound holds there, twice eager's error not.
+    """
+    q, k, v, d_out = attention_inputs(dtype, B, N, T, H)
+    q, k = ((x.astype(np.float32) * 0.3).astype(NUMPY_DTYPES[dtype]) for x in (q, k))
+    q[..., 0], k[..., 0] = 1, -120
+    return q, k, v, d_out
+
+
+def check_cudnn(dtype: str, inputs) -> tuple[Attended, Attended]:
+    """Within the bound at every number; returns what cuDNN gave, and the truth."""
+    q, k, v, d_out = inputs
+    truth = attention_truth(q, k, v, d_out=d_out)
+    got = attended(functools.partial(causal_attention, attn_implementation="cudnn"), *inputs)
+    shares = worst_share(got, truth, error_bound(q, k, v, dtype, d_out=d_out))
+    assert max(shares.values()) <= 1, shares
+    return got, truth
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("H", OPT_HEADS)
+@pytest.mark.parametrize(("T", "dtype"), [*((T, dtype) for T in (2, 131) for dtype in HALF), (1031, "bfloat16")])
+def test_cudnn_equals_the_truth(T, dtype, H):
+    """And errs at most twice as much as the plain formula, but of two tokens, whose few errors do not level out."""
+    inputs = attention_inputs(dtype, 2, 3, T, H)
+    got, truth = check_cudnn(dtype, inputs)
+    assert T == 2 or not beyond_twice(attended(lambda *qkv: eager_attention(*qkv, None)[0], *inputs), got, truth)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("H", OPT_HEADS)
-@pytest.mark.parametrize("T", [2, 131, 1031])
-def test_cudnn_equals_the_truth(T, H, dtype):
-    inputs = attention_inputs(dtype, 2, 3, T, H)
-    got = attended(functools.partial(causal_attention, attn_implementation="cudnn"), *inputs)
-    truth = attention_truth(*inputs[:3], d_out=inputs[3])
-    shares = worst_share(got, truth, error_bound(*inputs[:3], dtype, d_out=inputs[3]))
-    assert max(shares.values()) <= 1, shares
+@pytest.mark.parametrize("T", [67, 192, 704])
+def test_cudnn_computes_scores_far_below_zero(T, dtype):
+    check_cudnn(dtype, far_below_zero(dtype, 2, 3, T, 64))
 
 
 @pytest.mark.gpu
@@ -216,13 +304,20 @@ def test_cudnn_equals_the_truth(T, H, dtype):
 def test_cudnn_decodes_like_the_truth(H, dtype):
     q, k, v, _ = attention_inputs(dtype, 4, 3, 1, H, 307)
     lengths_B = np.array([0, 40, 255, 306])
-    got = jax.jit(functools.partial(cached_attention, attn_implementation="cudnn"))(q, k, v, jnp.asarray(lengths_B))
+    got = Attended(jax.jit(functools.partial(cached_attention, attn_implementation="cudnn"))(q, k, v, lengths_B))
     truth, bound = attention_truth(q, k, v, None, lengths_B), error_bound(q, k, v, dtype, None, lengths_B)
-    assert worst_share(Attended(got), truth, bound)["out"] <= 1
+    assert worst_share(got, truth, bound)["out"] <= 1
+    assert not beyond_twice(Attended(jax.jit(eager_attention)(q, k, v, lengths_B)[0]), got, truth)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["float32", *HALF])
+def test_cudnn_compiles():
+    """Where this fails, half precision goes to Pallas."""
+    assert compile_problems() == ()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["sdpa", "pallas"])
 def test_padding_changes_nothing_on_a_gpu(name, dtype):
     """Left, right and holes: rows are packed, and what follows them is seen by none."""
@@ -239,6 +334,50 @@ def test_padding_changes_nothing_on_a_gpu(name, dtype):
     got = np.asarray(model(ids, attention_mask=mask).logits, np.float32)
     for row in range(3):
         np.testing.assert_allclose(got[row, mask[row] == 1], want, atol=1e-5 if dtype == "float32" else 2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["sdpa", "pallas"])
+def test_packed_documents_on_a_gpu_have_the_logits_and_gradients_of_eager_attention(name, dtype):
+    """Rows of several documents, of one, and with padding on the left."""
+    flax, ids = load_backend("flax"), token_ids(LONG, 3, 307)
+    segment_ids = np.stack(
+        [np.repeat([1, 2, 3, 4], [131, 1, 64, 111]), np.ones(307, int), np.repeat([1, 2], [120, 187])]
+    )
+    mask = np.ones_like(ids)
+    mask[2, :40] = 0
+    inputs = dict(input_ids=ids, attention_mask=mask, segment_ids=segment_ids)
+    labels = np.where(mask == 1, ids, -100)
+    model = flax.random_model(LONG, dtype=dtype, attn_implementation=name)
+    model.eval()
+    logits, (_, got) = flax.numpy(model(**inputs).logits), flax.loss_and_gradients(model, labels=labels, **inputs)
+    model.set_attn_implementation("eager")
+    _, eager = flax.loss_and_gradients(model, labels=labels, **inputs)
+    allowed = 2 * BOUND[dtype] * ROUNDOFF[dtype]  # both err
+    assert worst_row(logits, flax.numpy(model(**inputs).logits)) <= allowed
+    for weight in got.keys() - {f"decoder.layers.{i}.self_attn.k_proj.bias" for i in range(3)}:  # rounding alone
+        error = np.linalg.norm(got[weight] - eager[weight])
+        assert error <= allowed * np.linalg.norm(eager[weight]), weight
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("padded", [0, 61], ids=["no padding", "left padding"])
+def test_tokens_generated_on_a_gpu_have_the_largest_logits(padded, dtype):
+    """Of the text as a whole in float64, but for what rounding may make of them."""
+    T, new = 283, 23
+    ids, mask = token_ids(LONG, 2, T), np.ones((2, T + new), int)
+    mask[1, :padded] = 0
+    model = load_backend("flax").random_model(LONG, dtype=dtype)
+    text = np.asarray(model.generate(ids, attention_mask=mask[:, :T], max_new_tokens=new, eos_token_id=()))
+    reference = reference_of(LONG, dtype=dtype)
+    logits_BTV = reference.logits(reference(text, mask).last_hidden_state)[:, T - 1 : -1]
+    chosen_BT = np.take_along_axis(logits_BTV, text[:, T:, None], axis=-1)[..., 0]
+    allowed_BT = (
+        BOUND[dtype] / 2 * ROUNDOFF[dtype] * np.linalg.norm(logits_BTV, axis=-1)
+    )  # a random token: 4 times that
+    assert (logits_BTV.max(-1) - chosen_BT <= allowed_BT).all()
 
 
 def test_eager_attention_sees_documents_alone():

@@ -40,7 +40,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("T", [1, 83, BLOCK, BLOCK + 1, 2 * BLOCK + 89])
+@pytest.mark.parametrize("T", [1, 83, BLOCK, BLOCK + 1, BLOCK + 2, 2 * BLOCK + 89])
 @pytest.mark.parametrize("way", WAYS)
 def test_blockwise_attention_equals_the_plain_one_with_its_gradients(way, T):
     if way == "xla" and T not in (83, 2 * BLOCK + 89):
