@@ -15,12 +15,12 @@ from attention_truth import (
     attention_truth,
     beyond_twice,
     error_bound,
+    far_below_zero,
     worst_share,
 )
 from harness import (
     BOUND,
     MASKS,
-    NUMPY_DTYPES,
     ROUNDOFF,
     config_of,
     load_backend,
@@ -102,18 +102,10 @@ def test_the_error_is_at_most_twice_that_of_the_eager_one(way, head_size, dtype)
     assert not beyond_twice(eager, got, attention_truth(*inputs[:3], d_out=inputs[3]))
 
 
-def far_below_zero(dtype: str, length: int) -> tuple[np.ndarray, ...]:
-    """Inputs with scores near -120, of which cuDNN made NaN (https://github.com/pytorch/pytorch/issues/196678)."""
-    q, k, v, d_out = attention_inputs(dtype, B, N, length, H)
-    q, k = ((x.astype(np.float32) * 0.3).astype(NUMPY_DTYPES[dtype]) for x in (q, k))
-    q[..., 0], k[..., 0] = 1, -120
-    return q, k, v, d_out
-
-
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("way", ["blocks", "rows"])
 def test_scores_may_lie_far_below_zero(way, dtype):
-    inputs = far_below_zero(dtype, 67)
+    inputs = far_below_zero(dtype, B, N, 67, H)
     got = attended(WAYS[way], *inputs)
     bound = error_bound(*inputs[:3], dtype, d_out=inputs[3])
     shares = worst_share(got, attention_truth(*inputs[:3], d_out=inputs[3]), bound)
@@ -372,7 +364,7 @@ def test_on_a_gpu_output_and_gradients_lie_within_the_bound(length, way, how, he
 @pytest.mark.parametrize(("way", "how"), [("blocks", "xla"), ("rows", "graph"), ("cudnn", "xla"), ("cudnn", "graph")])
 @pytest.mark.parametrize("length", [67, 192, 704])
 def test_on_a_gpu_scores_may_lie_far_below_zero(length, way, how, dtype, without_tf32):
-    inputs = far_below_zero(dtype, length)
+    inputs = far_below_zero(dtype, B, N, length, H)
     with tf.device("GPU:0"):
         got = attended(ON_GPU[way], *inputs, how=how)
     bound = error_bound(*inputs[:3], dtype, d_out=inputs[3])

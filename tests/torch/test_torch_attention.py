@@ -13,6 +13,7 @@ from attention_truth import (
     attention_truth,
     beyond_twice,
     error_bound,
+    far_below_zero,
     worst_share,
 )
 from harness import ROUNDOFF
@@ -118,6 +119,17 @@ def test_a_softmax_that_nearly_chooses_is_within_the_bound(device, name, dtype):
     got = attended(lambda *qkv: attend(name, *qkv), device, dtype, inputs)
     truth = attention_truth(*inputs[:3], d_out=inputs[3])
     shares = worst_share(got, truth, error_bound(*inputs[:3], dtype, d_out=inputs[3]))
+    assert max(shares.values()) <= 1, shares
+
+
+@pytest.mark.parametrize(("device", "name"), where(*ON_GPU[:3]))
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("T", [67, 192, 704])
+def test_scores_may_lie_far_below_zero(device, name, dtype, T):
+    inputs = far_below_zero(dtype, B, N, T, 64)
+    got = attended(lambda *qkv: attend(name, *qkv), device, dtype, inputs)
+    truth, bound = attention_truth(*inputs[:3], d_out=inputs[3]), error_bound(*inputs[:3], dtype, d_out=inputs[3])
+    shares = worst_share(got, truth, bound)
     assert max(shares.values()) <= 1, shares
 
 
