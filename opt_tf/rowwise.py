@@ -58,24 +58,21 @@ def _attend(rows: int, q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor) -> tuple[
 def _gradients(
     rows: int, q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor, out_BNTH: Tensor, d_out_BNTH: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    d_out_BNTH, v_BNTH = at_least_float32(d_out_BNTH), at_least_float32(v_BNTH)
-    delta_BNT1 = tf.reduce_sum(at_least_float32(out_BNTH) * d_out_BNTH, axis=-1, keepdims=True)
-    # With one more feature the product of both is that of the gradient with the values, less delta: a pass saved.
-    d_out_more = tf.concat([d_out_BNTH, -delta_BNT1], axis=-1)
-    v_more = tf.concat([v_BNTH, tf.ones_like(v_BNTH[..., :1])], axis=-1)
+    delta_BNT1 = tf.reduce_sum(at_least_float32(out_BNTH) * at_least_float32(d_out_BNTH), axis=-1, keepdims=True)
     d_qs: list[Tensor] = []
     d_ks: list[Tensor] = []
     d_vs: list[Tensor] = []
     d_k = d_v = 0.0  # of the keys up to the end of the block; nothing below a block sees the keys behind it
     for start in reversed(range(0, q_BNTH.shape[2], rows)):
-        q, d_out, k, v = _rows_and_prefixes(start, rows, (q_BNTH, d_out_more), (k_BNTH, v_more), d_qs[:1])
+        queries = (q_BNTH, d_out_BNTH, delta_BNT1)
+        q, d_out, delta, k, v = _rows_and_prefixes(start, rows, queries, (k_BNTH, v_BNTH), d_qs[:1])
         weights = _weights(q, k, start)
-        d_scores = weights * product(d_out, v, transpose_b=True)
+        d_scores = weights * (product(d_out, v, transpose_b=True) - delta)
         d_k += product(d_scores, q, transpose_a=True)
-        d_v += product(weights, d_out[..., :-1], transpose_a=True)
+        d_v += product(weights, d_out, transpose_a=True)
         d_qs.insert(0, tf.cast(product(d_scores, k), q_BNTH.dtype))
         d_ks.insert(0, tf.cast(d_k[:, :, start:], k_BNTH.dtype))
-        d_vs.insert(0, tf.cast(d_v[:, :, start:], k_BNTH.dtype))
+        d_vs.insert(0, tf.cast(d_v[:, :, start:], v_BNTH.dtype))
         d_k, d_v = d_k[:, :, :start], d_v[:, :, :start]
     return tf.concat(d_qs, axis=2), tf.concat(d_ks, axis=2), tf.concat(d_vs, axis=2)
 

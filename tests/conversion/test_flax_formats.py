@@ -247,7 +247,9 @@ def our_logits(config, tensors) -> np.ndarray:
     return reference.logits(reference(IDS).last_hidden_state)
 
 
-@pytest.mark.parametrize("variant", ["350m-style", "untied", "no-final-norm"])
+@pytest.mark.parametrize(
+    "variant", ["350m-style", *(pytest.param(it, marks=pytest.mark.slow) for it in ("untied", "no-final-norm"))]
+)
 def test_the_published_class_loads_what_is_written_and_we_what_it_saves(tmp_path, transformers, variant):
     config = config_of(variant, dropout=0.0)
     tensors = tensors_of(config)

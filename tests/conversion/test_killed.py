@@ -97,11 +97,17 @@ def die_before_step(number: int) -> None:
         setattr(owner, name, counted(getattr(owner, name)))
 
 
-QUICK = ("safetensors to shards", "flax-msgpack", "metaseq parts", "keras-hub", "tf-checkpoint")
+QUICK = ("safetensors to shards", "metaseq parts", "tf-checkpoint")
+CASES = [
+    pytest.param(case, is_new, marks=() if case in QUICK[: 1 if is_new else None] else pytest.mark.slow)
+    for case in TARGETS
+    for is_new in (False, True)
+]
 
 
-@pytest.mark.parametrize("is_new", [False, True], ids=["replaced", "new"])
-@pytest.mark.parametrize("case", [pytest.param(it, marks=() if it in QUICK else pytest.mark.slow) for it in TARGETS])
+@pytest.mark.parametrize(
+    ("case", "is_new"), CASES, ids=lambda x: x if isinstance(x, str) else "new" if x else "replaced"
+)
 def test_killed_before_any_step_it_leaves_no_mixture(tmp_path, case, is_new):
     old_options, new_options = TARGETS[case]
     outcomes = []

@@ -31,7 +31,6 @@ QUICK = {
     1: [
         f"{SQUARE}|pre-norm|outputs|gradients|parts|programs|refusals|CUDA",
         f"{CUBE}|350m style|gradients with logits|tokens|parts",
-        f"{SQUARE}|untied, without biases|dropout",
     ],
     2: ["fsdp=2|350m style|outputs|tokens|parts|refusals"],
 }

@@ -12,7 +12,7 @@ WORKER = Path(__file__).parent / "workers" / "train_mirrored.py"
 trains = module_of(WORKER)
 
 
-SLOW = ("trainer in parts", "other heads", "other losses", "callbacks")
+SLOW = ("trainer", "trainer in parts", "other heads", "other losses", "callbacks")
 
 
 @pytest.fixture(scope="module")

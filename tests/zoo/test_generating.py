@@ -174,11 +174,11 @@ def test_a_text_ends_at_a_stop_text(report_of):
     assert len(text) < len(free)
 
 
-def test_an_assistant_changes_no_text(backend, report_of, tmp_path):
+@pytest.mark.parametrize("options", [[], pytest.param([*SAMPLING, "--seed", 3], marks=pytest.mark.slow)])
+def test_an_assistant_changes_no_text(backend, report_of, tmp_path, options):
     draft = save_random(tmp_path / "draft", config_of(num_hidden_layers=1))
-    for options in ([], [*SAMPLING, "--seed", 3]):
-        options = ["to be", "--backend", backend.name, *SHORT, *options]
-        assert report_of(*options, "--assistant", draft)["texts"] == report_of(*options)["texts"]
+    options = ["to be", "--backend", backend.name, *SHORT, *options]
+    assert report_of(*options, "--assistant", draft)["texts"] == report_of(*options)["texts"]
 
 
 def test_bad_combinations_are_refused_all_at_once(generate):
