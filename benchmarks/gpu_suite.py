@@ -63,6 +63,9 @@ LOG_CHARACTERS = 4000  # of a part that did not succeed
 MESSAGE_CHARACTERS = 300  # of a test that failed
 LEAST_SECONDS = 5  # below it a part is not begun
 TEST_SECONDS = 60  # for one test, compilation with it
+LIBRARY_RATIO = 1.3  # goal: attention with gradients, ours by the best kernel of a library
+RATE_SHARE = 0.5  # goal: of the measured matrix rate, in training
+PEER_RATIO = 1.0  # goal: ours by that of transformers
 OUTCOME = re.compile(r"^(?P<test>\S+::.*?)(?: (?P<outcome>PASSED|FAILED|ERROR|SKIPPED)\b.*)?$")
 
 
@@ -392,11 +395,6 @@ def write(document: dict[str, Any], folder: Path) -> None:
     (folder / "results.md").write_text(to_markdown(document, folder) + "\n")
 
 
-LIBRARY_RATIO = 1.3  # of attention with gradients, ours by the best kernel of a library
-RATE_SHARE = 0.5  # of the measured matrix rate, in training
-PEER_RATIO = 1.0  # ours by that of transformers
-
-
 class Goal(NamedTuple):
     """What a cell should reach on a GPU."""
 
@@ -413,44 +411,37 @@ class Goal(NamedTuple):
 
 
 def goals(document: dict[str, Any]) -> Iterator[Goal]:
-    """Those of every cell of ours."""
-    results = [result for part in document["parts"] for result in (part.get("document") or {}).get("results", ())]
-    peers = {case(result): result["results"].get("sdpa", {}) for result in results if is_peer(result)}
-    for result in results:
-        if not is_peer(result):
-            where = f"{result['part']} {result['contestant']} {result['dtype']} {result['batch']} x {result['length']}"
-            for goal in goals_of(result, peers.get(case(result), {})):
-                yield goal._replace(what=f"{where}: {goal.what}")
+    """Those of every cell of ours, beside the same cell of transformers."""
+    for measured in (part["document"] for part in document["parts"] if part.get("document")):
+        peers = {case(cell): cell for cell in measured["results"] if cell["contestant"] not in FRAMEWORKS}
+        for cell in measured["results"]:
+            if cell["contestant"] in FRAMEWORKS:
+                kind = f"{cell['part']} {cell['contestant']} {measured['size']} {cell['dtype']}"
+                for goal in goals_of(cell, peers.get(case(cell))):
+                    yield goal._replace(what=f"{kind} {cell['batch']} x {cell['length']}: {goal.what}")
 
 
-def goals_of(result: dict[str, Any], peer: dict[str, Any]) -> Iterator[Goal]:
-    cells = result["results"]
-    ours = cells.get("sdpa", {})
-    if result["part"] == "attention":
-        libraries = (
-            cells[name].get("both_seconds") for name in cells if name.startswith("library:") or name == "cudnn"
-        )
-        best = min(filter(None, libraries), default=None)
-        for name in ("sdpa", *(["pallas"] if "pallas" in cells else [])):
-            seconds = cells.get(name, {}).get("both_seconds")
+def goals_of(cell: dict[str, Any], peer: dict[str, Any] | None) -> Iterator[Goal]:
+    figures = cell["results"]
+    ours, theirs = figures.get("sdpa", {}), peer["results"].get("sdpa", {}) if peer else {}
+    if cell["part"] == "attention":
+        libraries = [name for name in figures if name.startswith("library:") or name == "cudnn"]
+        best = min(filter(None, (figures[name].get("both_seconds") for name in libraries)), default=None)
+        for name in ("sdpa", *(["pallas"] if "pallas" in figures else [])):
+            seconds = figures.get(name, {}).get("both_seconds")
             yield Goal(f"{name} by the best kernel of a library", ratio(seconds, best), LIBRARY_RATIO)
-        return
-    if result["part"] == "training":
+    if cell["part"] == "training":
         yield Goal("share of the matrix rate", ours.get("matrix_rate_share"), RATE_SHARE, at_least=True)
-    for key in ("step_seconds", *(["prefill_seconds"] if result["part"] == "inference" else [])):
-        yield Goal(f"{key} by that of transformers", ratio(ours.get(key), peer.get(key)), PEER_RATIO)
+    for key in {"training": ("step_seconds",), "inference": ("step_seconds", "prefill_seconds")}.get(cell["part"], ()):
+        yield Goal(f"{key} by that of transformers", ratio(ours.get(key), theirs.get(key)), PEER_RATIO)
 
 
 def ratio(a: float | None, b: float | None) -> float | None:
     return a / b if a and b else None
 
 
-def is_peer(result: dict[str, Any]) -> bool:
-    return result["contestant"] not in FRAMEWORKS
-
-
-def case(result: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(result[key] for key in ("part", "dtype", "batch", "length"))
+def case(cell: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(cell[key] for key in ("part", "dtype", "batch", "length"))
 
 
 def to_markdown(document: dict[str, Any], folder: Path) -> str:

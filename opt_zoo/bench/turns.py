@@ -4,6 +4,7 @@ Before the contestants of one dtype, batch and prompt the ceilings of the machin
 the same minute. A contestant that cannot run says why and is left in peace; one that fails is not tried again.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -155,5 +156,8 @@ def _text(output: str | bytes | None) -> str:
 
 
 def _last_document(output: str) -> dict[str, Any] | None:
-    lines = (line for line in reversed(output.splitlines()) if line.startswith("{") and line.endswith("}"))
-    return next(map(json.loads, lines), None)
+    for line in reversed(output.splitlines()):
+        with contextlib.suppress(json.JSONDecodeError):
+            if isinstance(document := json.loads(line), dict):
+                return document
+    return None

@@ -179,7 +179,9 @@ def test_goals_are_judged_by_the_best_library_the_matrix_rate_and_transformers()
     slow = cells_of("flax", "attention", sdpa=1.0, cudnn=1.0, pallas=1.4)
     training = cells_of("torch", "training", sdpa=0.6)
     peer, alone = cells_of("transformers", "training", sdpa=0.5), cells_of("flax", "training")
-    document = {"parts": [{"document": {"results": [attention, slow, training, peer, alone]}}, {"name": "tests"}]}
+    small = {"size": "opt-125m", "results": [cells_of("torch", "training", sdpa=0.6)]}  # without a peer of its own
+    large = {"size": "opt-1.3b", "results": [attention, slow, training, peer, alone, cells_of("torch", "decoding")]}
+    document = {"parts": [{"document": large}, {"name": "tests"}, {"document": small}]}
     found = [(goal.what.partition(": ")[2], goal.verdict) for goal in gpu_suite.goals(document)]
     library, share, against = (
         "by the best kernel of a library",
@@ -189,6 +191,7 @@ def test_goals_are_judged_by_the_best_library_the_matrix_rate_and_transformers()
     assert found == [
         (f"sdpa {library}", "met"), (f"sdpa {library}", "met"), (f"pallas {library}", "NOT met"),
         (share, "met"), (against, "NOT met"), (share, "not measured"), (against, "not measured"),
+        (share, "met"), (against, "not measured"),
     ]  # fmt: skip
 
 

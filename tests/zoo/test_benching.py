@@ -178,6 +178,15 @@ def test_a_process_has_only_its_time():
         run_process("opt_zoo.bench.ceilings", ["cpu", "float32"], "cpu", 0.01)
 
 
+@pytest.mark.parametrize("end", ["raise SystemExit(3)", "import time; time.sleep(60)"])
+def test_what_a_process_had_printed_before_it_failed_comes_with_the_error(monkeypatch, tmp_path, end):
+    (tmp_path / "talking.py").write_text(f"print('{{\"x\": 1}}')\nprint('{{broken}}', flush=True)\n{end}\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(WorkerError) as caught:
+        run_process("talking", [], "cpu", 3)
+    assert caught.value.partial == {"x": 1}
+
+
 class Counting(Contestant):
     """Gives tokens at once, `missing` fewer than asked for."""
 
