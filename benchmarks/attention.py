@@ -312,13 +312,14 @@ def estimate(
     item, weights = ITEM_BYTES[cell.dtype], parameter_count(config) * ITEM_BYTES[cell.dtype]
     rows = cell.batch * cell.length
     square = cell.batch * config.num_attention_heads * cell.length**2
-    start = START_SECONDS[options.device][cell.contestant] + weights / 2e8
+    imports = START_SECONDS[options.device][cell.contestant]
+    start = imports + weights / 2e8
     if cell.part == "decoding":
         slots = cell.batch * config.num_attention_heads * config.max_position_embeddings
-        return Need(2 * START_SECONDS[options.device][cell.contestant], 12 * slots * config.head_size + 5e8)
+        return Need(2 * imports, 12 * slots * config.head_size + 5e8)
     if cell.part == "attention":
         call = 4 * 4 * square * config.head_size / rate
-        return Need(START_SECONDS[options.device][cell.contestant] + (2 + 2) * 2 * call, 20 * square + 5e8)
+        return Need(imports + (2 + 2) * 2 * call, 20 * square + 5e8)
     if cell.part == "training":
         turn = len(names) * training_flops(cell, config) / rate
         timed = max(turn, min(options.seconds, options.runs * turn))

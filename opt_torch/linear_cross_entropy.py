@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from opt_core.reference import IGNORED_LABEL
-from opt_torch.sdpa import needs_gradient
+from opt_torch.sdpa import needs_gradient, without_autocast
 
 ROW_BLOCK = 2**26  # logits held at once where they are not kept: 256 MB in float32
 COLUMN_BLOCK = 2**22  # their gradients held at once: in the caches of a CPU, 0.39 s for 0.58 (OPT, 1024 rows, bfloat16)
@@ -42,7 +42,7 @@ def linear_cross_entropy(
         RuntimeError: in the backward pass with `create_graph`, since gradients of these gradients do not exist.
     """
     dtype = _dtype_of_products(hidden_RE)
-    with torch.autocast(hidden_RE.device.type, enabled=False):
+    with without_autocast(hidden_RE.device):
         if keep_logits:
             return _LogitsKept.apply(hidden_RE, weight_VE, targets_R, dtype, part)
         if needs_gradient(hidden_RE, weight_VE):

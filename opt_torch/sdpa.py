@@ -37,7 +37,7 @@ HALF = (torch.float16, torch.bfloat16)
 PLAN_TOKENS = 128
 
 _order_asked_for = os.environ.get(ORDER_VARIABLE, "")
-_cudnn_trials: dict[tuple[int | None, torch.dtype], bool] = {}  # by the index of the device
+_cudnn_trials: dict[tuple[int | None, torch.dtype], bool] = {}  # by the index of the device, and dtype
 
 
 def fused_attention(
@@ -134,7 +134,7 @@ def gradients_are_right(device, dtype: torch.dtype, backends: list) -> bool:
     q[..., 0], k[..., 0] = 1.0, -120.0  # every score is about -120
     want = _gradients(q.to(dtype).double(), k.to(dtype).double(), v.to(dtype).double(), d_out.to(dtype).double())
     try:
-        with sdpa_kernel(backends), torch.autocast(torch.device(device).type, enabled=False):
+        with sdpa_kernel(backends), without_autocast(torch.device(device)):
             got = _gradients(*(x.to(device, dtype) for x in (q, k, v, d_out)))
     except RuntimeError:  # the kernel is not for this device
         return False

@@ -124,6 +124,18 @@ def worst_share(got: Attended, truth: Attended, bound: Attended) -> dict[str, fl
     return shares
 
 
+def check_bound(got: Attended, inputs, dtype: str, first_BT=None, lengths_B=None) -> Attended:
+    """Asserts that each number is within the bound, none of them NaN; returns the truth.
+
+    `inputs` are q, k, v, and for gradients d_out.
+    """
+    given = first_BT, lengths_B, None if got.d_q is None else inputs[3]
+    truth = attention_truth(*inputs[:3], *given)
+    shares = worst_share(got, truth, error_bound(*inputs[:3], dtype, *given))
+    assert all(share <= 1 for share in shares.values()), shares  # not the largest: max may pass over NaN
+    return truth
+
+
 def root_mean_square_error(got: Attended, truth: Attended) -> dict[str, float]:
     """Of each part."""
     parts = zip(Attended._fields, got, truth, strict=True)

@@ -7,6 +7,7 @@ from attention_truth import (
     Attended,
     attention_inputs,
     attention_truth,
+    check_bound,
     error_bound,
     root_mean_square_error,
     visible_slots,
@@ -72,9 +73,7 @@ def in_dtype(dtype, q, k, v, d_out, *, rounded_scores=False, lost_slot=False):
 def test_rounded_arithmetic_is_within_the_bound(dtype, size):
     inputs = attention_inputs(dtype, B, N, 67, 64, size=size)
     got = in_dtype(dtype, *inputs)
-    truth = attention_truth(*inputs[:3], d_out=inputs[3])
-    shares = worst_share(got, truth, error_bound(*inputs[:3], dtype, d_out=inputs[3]))
-    assert max(shares.values()) <= 1, shares
+    truth = check_bound(got, inputs, dtype)
     assert root_mean_square_error(got, truth)["out"] > 0
 
 
@@ -96,3 +95,12 @@ def test_a_nan_is_outside_the_bound():
     truth, bound = attention_truth(*inputs[:3]), error_bound(*inputs[:3], "float32")
     shares = worst_share(Attended(np.full_like(truth.out, np.nan)), truth, bound)
     assert not shares["out"] <= 1
+
+
+@pytest.mark.parametrize("part", Attended._fields)
+def test_a_nan_in_any_part_is_found(part):
+    inputs = attention_inputs("float32", B, N, T, H)
+    truth = attention_truth(*inputs[:3], d_out=inputs[3])
+    check_bound(truth, inputs, "float32")
+    with pytest.raises(AssertionError, match=f"'{part}': nan"):
+        check_bound(truth._replace(**{part: np.full_like(getattr(truth, part), np.nan)}), inputs, "float32")

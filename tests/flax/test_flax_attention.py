@@ -10,16 +10,7 @@ import jax._src.cudnn.fused_attention_stablehlo as cudnn_in_jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_truth import (
-    DTYPES,
-    Attended,
-    attention_inputs,
-    attention_truth,
-    beyond_twice,
-    error_bound,
-    far_below_zero,
-    worst_share,
-)
+from attention_truth import DTYPES, Attended, attention_inputs, beyond_twice, check_bound, far_below_zero
 from flax import nnx
 from harness import BOUND, ROUNDOFF, config_of, load_backend, reference_of, token_ids, worst_row
 
@@ -256,19 +247,13 @@ def test_documents_in_a_row_equal_the_truth(T):
     first_BT = np.minimum(first_BT, np.arange(T))
     inputs = attention_inputs("float32", 2, 1, T, 64)
     got = attended(causal_attention, *inputs, first_BT)
-    truth = attention_truth(*inputs[:3], first_BT, d_out=inputs[3])
-    shares = worst_share(got, truth, error_bound(*inputs[:3], "float32", first_BT, d_out=inputs[3]))
-    assert max(shares.values()) <= 1, shares
+    check_bound(got, inputs, "float32", first_BT)
 
 
 def check_cudnn(dtype: str, inputs) -> tuple[Attended, Attended]:
     """Within the bound at every number; returns what cuDNN gave, and the truth."""
-    q, k, v, d_out = inputs
-    truth = attention_truth(q, k, v, d_out=d_out)
     got = attended(functools.partial(causal_attention, attn_implementation="cudnn"), *inputs)
-    shares = worst_share(got, truth, error_bound(q, k, v, dtype, d_out=d_out))
-    assert max(shares.values()) <= 1, shares
-    return got, truth
+    return got, check_bound(got, inputs, dtype)
 
 
 @pytest.mark.gpu
@@ -295,8 +280,7 @@ def test_cudnn_decodes_like_the_truth(H, dtype):
     q, k, v, _ = attention_inputs(dtype, 4, 3, 1, H, 307)
     lengths_B = np.array([0, 40, 255, 306])
     got = Attended(jax.jit(functools.partial(cached_attention, attn_implementation="cudnn"))(q, k, v, lengths_B))
-    truth, bound = attention_truth(q, k, v, None, lengths_B), error_bound(q, k, v, dtype, None, lengths_B)
-    assert worst_share(got, truth, bound)["out"] <= 1
+    truth = check_bound(got, (q, k, v), dtype, None, lengths_B)
     assert not beyond_twice(Attended(jax.jit(eager_attention)(q, k, v, lengths_B)[0]), got, truth)
 
 
